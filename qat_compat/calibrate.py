@@ -1,0 +1,245 @@
+"""Drive data through a model's own quantizers.
+
+Native calibration is: eval mode, no gradient, observers on, fake-quantization off, the batches in order; then
+`calculate_qparams()` of every quantizer written into its buffers. Modes, flags, BN statistics and random state are as before
+afterwards. The caller (:mod:`qat_compat.apply`) has put scratch tensors in place of the model's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qat_compat.errors import CalibrationError
+from qat_compat.frameworks import Description, Needs, Quantizer
+from qat_compat.qparams import RangeHistogram, choose_range
+from qat_compat.text import collapse, shorten
+
+__all__ = ["Data", "Inputs", "drive", "observe_weights", "run_once"]
+
+Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a batch is handed to `forward`, when the caller does not say.
+
+    A tensor is the only argument; a mapping becomes keywords; a tuple or list is cut to the number of positional parameters
+    of `forward`, so that an `(input, label)` pair of a DataLoader works. Numpy arrays become tensors.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> args, kwargs = arguments_for(nn.Linear(2, 2), (torch.ones(1, 2), torch.tensor([3])))
+        >>> len(args), kwargs
+        (1, {})
+    """
+    if isinstance(batch, Mapping):
+        return (), {str(key): _tensors(value) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_tensors(value) for value in batch[: _positional_count(model, len(batch))]), {}
+    return (_tensors(batch),), {}
+
+
+def _positional_count(model: nn.Module, available: int) -> int:
+    graph = getattr(model, "graph", None)
+    if isinstance(graph, torch.fx.Graph):
+        return sum(node.op == "placeholder" for node in graph.nodes)
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return available
+    return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+
+
+def _tensors(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The value with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
+    return value
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def run_once(call: Callable[..., Any], model: nn.Module, batch: Any, inputs: Inputs | None, number: int) -> None:
+    """Hand one batch to the model; whatever the forward raises becomes a :class:`CalibrationError`."""
+    try:
+        args, kwargs = inputs(batch) if inputs is not None else arguments_for(model, batch)
+        device = _device_of(model)
+        call(*_moved(args, device), **_moved(kwargs, device))
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"the forward raised {type(error).__name__} on calibration batch {number}: {error}",
+            found=_describe(batch),
+            remedy="pass inputs=, a callable(batch) -> (args, kwargs), if the batch is not what forward takes",
+        ) from error
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)} on {batch.device}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (tuple, list)):
+        return "(" + ", ".join(map(_describe, batch)) + ")"
+    return type(batch).__name__
+
+
+@contextmanager
+def _watched(quantizers: Sequence[Quantizer], seen: set[str], histograms: Mapping[str, RangeHistogram]) -> Iterator[None]:
+    """Note which quantizers are handed a tensor with something in it, and collect histograms where they are asked for."""
+    handles = []
+    for quantizer in quantizers:
+
+        def hook(_module: nn.Module, args: Any, name: str = quantizer.name) -> None:
+            if args and isinstance(args[0], Tensor) and args[0].numel():
+                seen.add(name)
+                if name in histograms:
+                    histograms[name].add(args[0].detach())
+
+        handles.append(quantizer.module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def drive(
+    description: Description,
+    chosen: Sequence[Quantizer],
+    data: Data,
+    *,
+    inputs: Inputs | None = None,
+    statistic: str = "native",
+    advance: Callable[[], None] = lambda: None,
+) -> int:
+    """Calibrate the chosen quantizers in place; every other one neither observes nor quantizes.
+
+    Args:
+        description: The model and its quantizers.
+        chosen: Quantizers whose ranges are to be found.
+        data: Batches, or a callable that is given the model in eval mode and runs it itself.
+        inputs: `callable(batch) -> (args, kwargs)`.
+        statistic: "native", or a statistic for activation ranges: "percentile", "mse", "entropy".
+        advance: Called after each batch.
+
+    Returns:
+        The number of batches that were run (0 where `data` is a callable).
+
+    Raises:
+        CalibrationError: No batch, a forward that raises, NaN or inf in an activation, a quantizer that never ran.
+    """
+    model = description.view.model
+    seen: set[str] = set()
+    histograms = {q.name: RangeHistogram() for q in chosen if statistic != "native" and q.needs is Needs.DATA}
+    for quantizer in description.quantizers:
+        quantizer.hold()
+    for quantizer in chosen:
+        quantizer.listen()
+    assert description.framework is not None
+    count = 0
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        description.framework.evaluation(model) as call,
+        _watched(chosen, seen, histograms),
+    ):
+        warnings.simplefilter("ignore", UserWarning)
+        if callable(data):
+            _call_user(data, call)
+            _check_finite(chosen, seen, None)
+        else:
+            for batch in data:
+                run_once(call, model, batch, inputs, count)
+                _check_finite(chosen, seen, count)
+                count += 1
+                advance()
+    if not seen:
+        raise CalibrationError(
+            "the calibration data held no batch" if not count else "no quantizer ran on the calibration data",
+            expected="at least one batch with at least one element",
+            found=f"{count} batches",
+            remedy="pass a non-empty iterable; a generator can be consumed only once",
+        )
+    _require_seen(chosen, seen)
+    observe_weights([q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen])
+    for quantizer in chosen:
+        if quantizer.name in seen:
+            quantizer.settle()
+        if quantizer.name in histograms:
+            quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
+    return count
+
+
+def _call_user(data: Callable[[nn.Module], Any], call: Callable[..., Any]) -> None:
+    try:
+        data(call)  # type: ignore[arg-type]
+    except Exception as error:
+        raise CalibrationError(
+            f"calibration callable raised {type(error).__name__}: {error}",
+            remedy="it is called with the model in eval mode and should run it on calibration data",
+        ) from error
+
+
+def _check_finite(chosen: Sequence[Quantizer], seen: set[str], number: int | None) -> None:
+    """One look at all ranges together, so that a device is synchronised once per batch."""
+    found = [(q, value) for q in chosen if q.name in seen for value in q.ranges()]
+    if not found:
+        return
+    flags = torch.stack([torch.isfinite(value).all() for _, value in found])
+    if bool(flags.all()):
+        return
+    names = [q.name for (q, _), fine in zip(found, flags.tolist(), strict=True) if not fine]
+    where = "" if number is None else f" in calibration batch {number}"
+    raise CalibrationError(
+        f"NaN or inf reached {len(set(names))} quantizer(s){where}",
+        key=names[0],
+        expected="finite values",
+        found="NaN or inf in the observed range",
+        remedy="look at the batch and at the weights; masks filled with -inf must not pass a quantizer",
+    )
+
+
+def _require_seen(chosen: Sequence[Quantizer], seen: set[str]) -> None:
+    idle = [q.name for q in chosen if q.needs is Needs.DATA and q.name not in seen]
+    if idle:
+        raise CalibrationError(
+            f"{len(idle)} quantizer(s) never ran on the calibration data",
+            key=", ".join(shorten(collapse(idle), 8)),
+            expected="every quantizer sees at least one tensor",
+            remedy="add batches that reach them, or leave them to training with calibration='defer'",
+        )
+
+
+def observe_weights(quantizers: Iterable[Quantizer]) -> None:
+    """Show each quantizer the tensor of the model's own that it quantizes; needs no data."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for quantizer in quantizers:
+            assert quantizer.source is not None
+            quantizer.hold()
+            quantizer.listen()
+            quantizer.observe(quantizer.source())
+            quantizer.settle()

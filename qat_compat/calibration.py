@@ -1,0 +1,150 @@
+"""A calibration that is kept: ranges of every activation quantizer, saved once and used again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat_compat.apply import rehearsal
+from qat_compat.calibrate import Data, Inputs, drive
+from qat_compat.errors import CalibrationError, CheckpointError
+from qat_compat.frameworks import Description, Needs, describe_model
+from qat_compat.match import canonical
+from qat_compat.qparams import STATISTICS
+from qat_compat.state import join_path
+from qat_compat.storage import open_source, save
+
+__all__ = ["Calibration", "calibrate", "fingerprint"]
+
+_KIND = "qat_compat.calibration"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """State of the activation quantizers of one model with one set of weights.
+
+    Args:
+        tensors: Quantizer key without wrapper segments -> value.
+        statistic: The statistic that chose the ranges.
+        batches: Number of batches seen (0 where a callable ran the model).
+        weights: Fingerprint of the float weights that the ranges belong to.
+    """
+
+    tensors: Mapping[str, Tensor]
+    statistic: str
+    batches: int
+    weights: str
+
+    @property
+    def quantizers(self) -> frozenset[str]:
+        """Names of the quantizers, as `canonical(name + ".")`-style forms."""
+        return frozenset(key.rpartition(".")[0] for key in self.tensors)
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write to a file that :meth:`load`, and `calibration=path`, read.
+
+        Raises:
+            SaveError: The file cannot be written; what stood there is still there.
+        """
+        about = {"kind": _KIND, "statistic": self.statistic, "batches": self.batches, "weights": self.weights}
+        return save(self.tensors, path, record=about)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: The file is something else.
+        """
+        checkpoint = open_source(path)
+        about = checkpoint.record
+        if about.get("kind") != _KIND:
+            raise CheckpointError(
+                "this is not a saved calibration",
+                file=path,
+                expected="a file written by Calibration.save",
+                found=f"a checkpoint of {len(checkpoint)} tensors",
+                remedy="make one with qat_compat.calibrate(model, batches).save(path)",
+            )
+        tensors = {key: checkpoint[key].clone() for key in checkpoint}
+        return cls(tensors, str(about["statistic"]), int(about["batches"]), str(about["weights"]))
+
+
+def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, statistic: str = "native") -> Calibration:
+    """Find the ranges of every activation quantizer of a prepared model; the model stays as it is.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.ao.quantization as tq
+        >>> model = nn.Sequential(tq.QuantStub(), nn.Linear(4, 2))
+        >>> model.qconfig = tq.get_default_qat_qconfig("x86")
+        >>> model = tq.prepare_qat(model.train())
+        >>> calibration = calibrate(model, [torch.ones(3, 4)])
+        >>> calibration.batches, sorted(calibration.tensors)[0]
+        (1, '0.activation_post_process.activation_post_process.max_val')
+
+    Args:
+        model: A QAT-prepared model that holds the weights the ranges are for.
+        data: Batches, or a callable that is given the model in eval mode and runs it.
+        inputs: `callable(batch) -> (args, kwargs)`.
+        statistic: "native", "percentile", "mse" or "entropy".
+
+    Raises:
+        CalibrationError: See :func:`qat_compat.calibrate.drive`; also a model without activation quantizers.
+    """
+    check_statistic(statistic)
+    description = describe_model(model)
+    chosen = [q for q in description.quantizers if q.needs in (Needs.DATA, Needs.NOTHING)]
+    if not any(q.needs is Needs.DATA for q in chosen):
+        raise CalibrationError(
+            f"{type(model).__name__} has no quantizer that data could calibrate",
+            expected="a QAT-prepared model with static activation quantizers",
+            found=f"{len(description.quantizers)} quantizers",
+        )
+    with rehearsal(description):
+        weights = [q for q in description.quantizers if q.needs is Needs.WEIGHTS]
+        batches = drive(description, [*weights, *chosen], data, inputs=inputs, statistic=statistic)
+        names = {q.name for q in chosen}
+        tensors = {
+            canonical(key): _current(description, key).detach().clone()
+            for key, entry in description.schema.items()
+            if entry.quantizer in names and entry.role.is_observed
+        }
+    return Calibration(tensors, statistic, batches, fingerprint(description))
+
+
+def _current(description: Description, key: str) -> Tensor:
+    """The value that a quantizer's tensor has now, also where the quantizer put another tensor in its place."""
+    slot = description.view.slots.get(key)
+    if slot is not None and not slot.is_parameter:
+        module, name = slot.owners[0]
+        value = module._buffers[name]
+        assert value is not None
+        return value
+    parent, _, leaf = key.rpartition(".")
+    value = getattr(description.view.modules[parent], leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def fingerprint(description: Description) -> str:
+    """A digest of the float weights that does not depend on wrappers or order: 64-bit sums, one per tensor."""
+    rows = []
+    with torch.no_grad():
+        for key in description.schema.float_keys():
+            slot = description.view.slots.get(key)
+            if slot is not None and slot.is_parameter and slot.tensor.device.type != "meta":
+                rows.append(f"{canonical(join_path(key))}={float(slot.tensor.double().sum()).hex()}")
+    return hashlib.blake2b("\n".join(sorted(rows)).encode(), digest_size=16).hexdigest()
+
+
+def check_statistic(statistic: str) -> None:
+    if statistic not in STATISTICS:
+        raise CalibrationError("unknown statistic", key="statistic", expected=" | ".join(STATISTICS), found=statistic)

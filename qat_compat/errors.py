@@ -1,0 +1,158 @@
+"""The one error family of the package.
+
+Every failure that a caller can meet is a :class:`CompatError`. It carries data (`file`, `key`, `expected`, `found`,
+`remedy`); the text is rendered from that data in one place, so that every message has the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "CompatError",
+    "LimitError",
+    "PlanError",
+    "Problem",
+    "ProblemKind",
+    "QParamError",
+    "SaveError",
+    "UnsafeCheckpointError",
+]
+
+_SHOWN_PROBLEMS = 40
+
+
+class CompatError(Exception):
+    """Anything that keeps a checkpoint and a model from being joined.
+
+    Example:
+        >>> error = CompatError(
+        ...     "shape differs", key="fc.weight", expected="(10, 4)", found="(5, 4)", remedy="pass keep='fc.*'"
+        ... )
+        >>> print(error)
+        shape differs
+          key:      fc.weight
+          expected: (10, 4)
+          found:    (5, 4)
+          remedy:   pass keep='fc.*'
+
+    Args:
+        message: What is wrong, in one line.
+        file: The file that was read or written.
+        key: The state_dict key, record or option concerned.
+        expected: What the right value would have looked like.
+        found: What was there instead.
+        remedy: The next step for the caller.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: object | None = None,
+        key: str | None = None,
+        expected: object | None = None,
+        found: object | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = None if file is None else str(file)
+        self.key = key
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        rows = [
+            ("file", self.file),
+            ("key", self.key),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("remedy", self.remedy),
+        ]
+        lines = [self.message]
+        lines += [f"  {name + ':':<9} {value}" for name, value in rows if value is not None]
+        return "\n".join(lines)
+
+
+class CheckpointError(CompatError):
+    """The source is corrupt, truncated, or of a format that this package does not know."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """Reading the source as it stands would run code or leave its folder; it is not read."""
+
+
+class LimitError(CheckpointError):
+    """The source asks for more memory, depth or entries than its size can justify."""
+
+
+class SaveError(CompatError):
+    """A file could not be written; what stood at the destination is still there."""
+
+
+class QParamError(CompatError):
+    """A scale or zero_point that no quantizer can use."""
+
+
+class CalibrationError(CompatError):
+    """Ranges could not be taken from the calibration data, or there was none."""
+
+
+class ProblemKind(Enum):
+    """Why a plan cannot be carried out; the value is the word that the text uses."""
+
+    MISSING = "missing"
+    UNEXPECTED = "unexpected"
+    AMBIGUOUS = "ambiguous"
+    MISMATCHED = "mismatched"
+    LOSSY = "lossy"
+    INVALID = "invalid"
+    STALE = "stale"
+    UNCALIBRATED = "uncalibrated"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a plan cannot be carried out.
+
+    Example:
+        >>> print(Problem(ProblemKind.MISSING, "fc.bias", "the file has no such tensor", "drop the bias or pass keep="))
+        missing      fc.bias: the file has no such tensor; drop the bias or pass keep=
+    """
+
+    kind: ProblemKind
+    key: str
+    detail: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        tail = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.kind.value:<12} {self.key}: {self.detail}{tail}"
+
+
+class PlanError(CompatError):
+    """Source and target cannot be joined; `problems` lists every reason, sorted.
+
+    Example:
+        >>> error = PlanError([Problem(ProblemKind.MISSING, "fc.bias", "not in the file")])
+        >>> error.problems[0].key
+        'fc.bias'
+    """
+
+    def __init__(self, problems: Sequence[Problem], *, file: object | None = None, summary: str | None = None) -> None:
+        self.problems: tuple[Problem, ...] = tuple(sorted(problems, key=lambda p: (p.kind.value, p.key, p.detail)))
+        count = len(self.problems)
+        noun = "problem" if count == 1 else "problems"
+        super().__init__(summary or f"source and target cannot be joined: {count} {noun}", file=file)
+
+    def __str__(self) -> str:
+        shown = [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
+        if len(self.problems) > _SHOWN_PROBLEMS:
+            shown.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more, all in `.problems`")
+        return "\n".join([super().__str__(), *shown])

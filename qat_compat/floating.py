@@ -1,0 +1,201 @@
+"""The way back: QAT state to the original float keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
+from qat_compat.frameworks import describe_model
+from qat_compat.frameworks.base import plain_entry
+from qat_compat.join import join
+from qat_compat.match import Evidence, match, resolve_alone
+from qat_compat.plan import Copy
+from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
+from qat_compat.source import Source, SourceLike, open_any
+from qat_compat.state import join_path, split_path
+from qat_compat.storage import Checkpoint
+from qat_compat.trace import followers
+
+__all__ = ["float_names", "to_float"]
+
+Like = nn.Module | Mapping[str, Any] | str | PathLike[str] | Iterable[str]
+
+
+def to_float(
+    source: SourceLike,
+    *,
+    like: Like | None = None,
+    weights: Literal["latent", "quantized"] = "latent",
+    select: str | None = None,
+) -> Checkpoint:
+    """Turn a QAT model, its state_dict or its file into a checkpoint of the original float keys.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import torch.ao.quantization as tq
+        >>> net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train()
+        >>> before = {key: value.clone() for key, value in net.state_dict().items()}
+        >>> net = tq.fuse_modules_qat(net, [["0", "1"]])
+        >>> net.qconfig = tq.get_default_qat_qconfig("x86")
+        >>> after = to_float(tq.prepare_qat(net))
+        >>> list(after) == list(before), all(torch.equal(after[key], before[key]) for key in before)
+        (True, True)
+
+    Args:
+        source: Path, state_dict, opened checkpoint or module.
+        like: The float layout where the source alone does not tell the names: a float model, a state_dict, a path, or keys.
+            It also sets the order, and the dtypes where it has any.
+        weights: "latent" gives the master weights, "quantized" what the weight quantizers make of them (from a module only).
+        select: Which of several sets of weights in the file.
+
+    Returns:
+        A lazy checkpoint; tensors of a module or mapping are shared with it, not copied.
+
+    Raises:
+        PlanError: A name cannot be known, or the source does not fit `like`.
+        CheckpointError: The source cannot be read.
+    """
+    opened = open_any(source, select=select)
+    if opened.schema.stage is Stage.CONVERTED:
+        raise PlanError(
+            [
+                Problem(
+                    ProblemKind.MISMATCHED,
+                    opened.checkpoint.name,
+                    "a converted (integer) checkpoint cannot be read back to float",
+                    "pass the QAT checkpoint that it was converted from",
+                )
+            ]
+        )
+    names, dtypes = _like_names(opened, like) if like is not None else (_own_names(opened), {})
+    read = _reader(opened, weights)
+    specs: dict[str, Spec] = {}
+    for name, key in names.items():
+        shape, dtype = opened.checkpoint.spec(key)
+        specs[name] = Spec(shape, dtypes.get(name, dtype))
+
+    def fetch(name: str) -> Tensor:
+        value = read(names[name])
+        return value.to(specs[name].dtype) if isinstance(value, Tensor) else value
+
+    result = Checkpoint(
+        specs,
+        fetch,
+        name=f"float({opened.checkpoint.name})",
+        metadata=opened.checkpoint.metadata,
+        notes=opened.checkpoint.notes,
+    )
+    result.framework, result.stage = "plain", Stage.FLOAT.value
+    return result
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _own_names(source: Source) -> dict[str, str]:
+    """Float name -> source key, in the order of the float model as far as the source knows it."""
+    sites, problems = float_names(source)
+    if problems:
+        raise PlanError(problems, file=source.checkpoint.name, summary="the float names cannot be known from the source alone")
+    position = {path: index for index, path in enumerate(source.module_order)}
+    first: dict[str, int] = {}
+    for key, site in sites.items():
+        parent = split_path(site)[0]
+        first.setdefault(parent, position.get(parent, position.get(split_path(key)[0], len(position))))
+    ordered = sorted(sites, key=lambda key: first[split_path(sites[key])[0]])
+    return {sites[key]: key for key in ordered}
+
+
+def float_names(source: Source) -> tuple[dict[str, str], list[Problem]]:
+    """Source key -> float name, for every tensor that the float model holds; and what cannot be known."""
+    schema = source.schema
+    found = resolve_alone(schema)
+    sites: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    problems = list(found.problems)
+    for key in schema.float_keys():
+        entry = schema[key]
+        if entry.optional:
+            continue
+        parent, leaf = split_path(entry.site)
+        site = join_path(found.norms[parent][0], leaf) if parent in found.norms else entry.site
+        if site in taken:
+            detail = f"{taken[site]} and {key} would both be {site}"
+            problems.append(Problem(ProblemKind.AMBIGUOUS, site, detail, "pass like= (the float model or its keys)"))
+        taken[site] = key
+        sites[key] = site
+    return sites, problems
+
+
+def _like_names(source: Source, like: Like) -> tuple[dict[str, str], dict[str, torch.dtype]]:
+    """Float name -> source key as `like` has them, and the dtypes that `like` knows."""
+    schema, evidence = _like_schema(like)
+    found = match(source.schema, schema, evidence=evidence)
+    plan = join(source.schema, schema, found, names=(source.checkpoint.name, "like="))
+    # a captured tensor has no place in the float layout; every other leftover is a problem that `join` reports
+    if not plan.ok:
+        raise PlanError(plan.problems, file=source.checkpoint.name)
+    names = {step.key: step.source for step in plan.steps if isinstance(step, Copy)}
+    return names, {key: schema[key].dtype for key in names if schema[key].shape != UNKNOWN}
+
+
+def _like_schema(like: Like) -> tuple[Schema, list[Evidence]]:
+    if isinstance(like, nn.Module):
+        description = describe_model(like)
+        if description.quantizers:
+            raise CompatError(
+                "like= is a prepared model", key="like", expected="the float model", found=description.schema.framework
+            )
+        hosts = [p for p, m in like.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and p]
+        chains = followers(like, hosts, [], lambda module: isinstance(module, _BatchNorm))
+        return description.schema, [Evidence({h: c[:1] for h, c in chains.items()}, "trace of the float model")]
+    if isinstance(like, (str, PathLike, Mapping)):
+        schema = open_any(like).schema
+        return replace(schema, places=frozenset()), []
+    keys = [str(key) for key in like]
+    unknown = {key: _unknown_entry(key) for key in keys}
+    return Schema(unknown), []
+
+
+def _unknown_entry(key: str) -> Entry:
+    shape = () if split_path(key)[1] == "num_batches_tracked" else UNKNOWN
+    entry = plain_entry(key, Spec(shape, torch.float32))
+    return replace(entry, shape=UNKNOWN) if entry.role is Role.PARAMETER else entry
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _reader(source: Source, weights: str) -> Callable[[str], Tensor]:
+    if weights == "latent":
+        return source.checkpoint.__getitem__
+    if weights != "quantized":
+        raise CompatError("unknown option", key="weights", expected="'latent' or 'quantized'", found=repr(weights))
+    if source.description is None:
+        raise CompatError(
+            "what a quantizer sees cannot be computed from tensors alone: the file does not hold its bit width",
+            file=source.checkpoint.name,
+            key="weights",
+            remedy="load the file into the prepared model, and pass the model",
+        )
+    quantized = quantized_weights(source)
+    return lambda key: quantized[key]() if key in quantized else source.checkpoint[key]
+
+
+def quantized_weights(source: Source) -> Mapping[str, Callable[[], Tensor]]:
+    """Parameter key -> what its weight quantizer makes of it, in the units of the parameter itself."""
+    assert source.description is not None
+    found: dict[str, Callable[[], Tensor]] = {}
+    for quantizer in source.description.quantizers:
+        found.update(quantizer.quantized_parameters())
+    return found
+
+

@@ -1,0 +1,159 @@
+"""The QAT frameworks that the package knows, one file each, and the two questions that the engine asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
+from qat_compat.frameworks.fx import FX
+from qat_compat.frameworks.pt2e import PT2E
+from qat_compat.frameworks.torch_ao import TorchAO
+from qat_compat.frameworks.torchao import TorchAOQAT
+from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
+from qat_compat.state import Slot, collect_slots, extra_state_keys, join_path, modules_of, split_path
+
+__all__ = ["FRAMEWORKS", "Description", "KeyView", "Needs", "Quantizer", "describe_keys", "describe_model", "with_sites"]
+
+# the first that owns a model or a checkpoint describes it; graphs come before the eager mode that they extend
+FRAMEWORKS: tuple[Framework, ...] = (PT2E(), FX(), TorchAO(), TorchAOQAT())
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that is known of a live model: its schema, and the objects behind it."""
+
+    view: ModelView
+    schema: Schema
+    quantizers: tuple[Quantizer, ...]
+    framework: Framework | None
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        return dict(self.view.slots)
+
+
+def describe_keys(view: KeyView) -> Schema:
+    """The meaning of every key of a checkpoint, read off its keys and specs alone.
+
+    Example:
+        >>> import torch
+        >>> spec = Spec((1,), torch.float32)
+        >>> describe_keys(KeyView({"fc.weight_fake_quant.scale": spec})).framework
+        'torch_ao'
+    """
+    for framework in FRAMEWORKS:
+        if framework.owns_keys(view):
+            return framework.describe_keys(view)
+    return Schema({key: plain_entry(key, spec) for key, spec in view.specs.items()})
+
+
+def describe_model(model: nn.Module) -> Description:
+    """The meaning of every key of a live model, with its quantizers.
+
+    Example:
+        >>> from torch import nn
+        >>> description = describe_model(nn.Linear(2, 3))
+        >>> list(description.schema), description.schema.framework
+        (['weight', 'bias'], 'plain')
+    """
+    view = ModelView(model, dict(modules_of(model)), collect_slots(model))
+    framework = next((f for f in FRAMEWORKS if f.owns_model(view)), None)
+    if framework is None:
+        schema = Schema(_entries(view, {}, [], ()), non_persistent=_non_persistent(view))
+        return Description(view, schema, (), None)
+    quantizers = framework.quantizers(view)
+    fused = framework.fused(view)
+    entries = _entries(view, framework.sites(view), quantizers, fused, framework)
+    schema = Schema(
+        entries,
+        framework.name,
+        Stage.PREPARED,
+        tuple(fused),
+        frozenset(path for path, module in view.modules.items() if type(module) is nn.Identity),
+        _non_persistent(view),
+        recorded=True,
+    )
+    return Description(view, schema, tuple(quantizers), framework)
+
+
+def _non_persistent(view: ModelView) -> frozenset[str]:
+    return frozenset(key for key, slot in view.slots.items() if not slot.persistent)
+
+
+def _entries(
+    view: ModelView,
+    sites: Mapping[str, str],
+    quantizers: list[Quantizer],
+    fused: tuple[Fused, ...] | list[Fused],
+    framework: Framework | None = None,
+) -> dict[str, Entry]:
+    """One entry per state_dict key, in the order of the state_dict, then the hidden state of each quantizer."""
+    prefixes = {one.prefix for one in fused}
+    optional = framework.constants(view) if framework is not None else {}
+    extra = {split_path(key)[0] for key in extra_state_keys(view.model)}
+    owners = _quantizer_owners(view, quantizers)
+    entries: dict[str, Entry] = {}
+    for path, module in view.modules.items():
+        owner = owners.get(path)
+        site_path = path if path in prefixes else _rename(path, sites)
+        for name in (*module._parameters, *module._buffers):
+            key = join_path(path, name)
+            slot = view.slots.get(key)
+            if slot is None or name in module._non_persistent_buffers_set:
+                continue
+            spec = Spec(tuple(slot.tensor.shape), slot.tensor.dtype)
+            if owner is not None and framework is not None:
+                quantizer, root = owner
+                entries[key] = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)
+            else:
+                role = Role.PARAMETER if slot.is_parameter else Role.BUFFER
+                entries[key] = Entry(join_path(site_path, name), role, *spec, optional=optional.get(key, ""))
+        if path in extra:
+            name = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
+            entries[join_path(path, name)] = Entry(join_path(site_path, name), Role.EXTRA, (), torch.uint8)
+    if framework is not None:
+        for quantizer in quantizers:
+            entries.update(framework.hidden_entries(quantizer))
+    return entries
+
+
+def _quantizer_owners(view: ModelView, quantizers: list[Quantizer]) -> dict[str, tuple[Quantizer, str]]:
+    """Module path -> the quantizer that the module is part of, and the name under which that path reaches it."""
+    owners: dict[str, tuple[Quantizer, str]] = {}
+    for quantizer in quantizers:
+        inside = [name for name, _ in quantizer.module.named_modules(remove_duplicate=False)]
+        for root in quantizer.names:
+            owners.update({join_path(root, name): (quantizer, root) for name in inside})
+    return owners
+
+
+def _rename(path: str, renamed: Mapping[str, str]) -> str:
+    """Apply the longest renamed prefix."""
+    rest = ""
+    current = path
+    while current:
+        if current in renamed:
+            return join_path(renamed[current], rest)
+        current, leaf = split_path(current)
+        rest = join_path(leaf, rest)
+    return path
+
+
+def with_sites(schema: Schema, sites: Mapping[str, str], record: Mapping[str, object]) -> Schema:
+    """The same schema with the sites and the framework that were written down when its file was saved."""
+    entries = {
+        key: replace(entry, site=sites[key]) if key in sites else entry for key, entry in schema.entries.items()
+    }
+    moved = {split_path(key)[0] for key in sites if key in schema and schema[key].role.is_float_entry}
+    return replace(
+        schema,
+        entries=entries,
+        framework=str(record.get("framework", schema.framework)),
+        fused=tuple(one for one in schema.fused if one.prefix not in moved),
+        recorded=True,
+        _by_quantizer={},
+    )

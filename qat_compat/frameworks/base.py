@@ -1,0 +1,199 @@
+"""What a framework file must answer about its own framework, and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat_compat.errors import Problem
+from qat_compat.schema import Entry, Fused, Role, Schema, Spec
+from qat_compat.state import Slot, split_path
+
+__all__ = ["Framework", "KeyView", "ModelView", "Needs", "Quantizer", "plain_entry", "tensorless_places"]
+
+
+class Needs(Enum):
+    """What the range of a quantizer depends on."""
+
+    NOTHING = "nothing"  # dynamic: computed anew for every tensor
+    DEFINITION = "definition"  # fixed when the quantizer was made
+    WEIGHTS = "weights"  # a tensor that the model holds
+    DATA = "data"  # what flows through the model
+
+
+class Quantizer(ABC):
+    """One quantizer of a live model: how it is cleared, driven, read and checked.
+
+    The engine only calls these methods on tensors that it has put in place of the model's own, so that an error leaves the
+    model untouched.
+
+    Args:
+        name: The first name of the quantizer module.
+        names: Every name that reaches it.
+        module: The module itself.
+        site: What it quantizes, in the float model's words (`weight:conv1`).
+        needs: What its range depends on.
+        source: Computes the tensor that it quantizes, where that needs no data.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        module: nn.Module,
+        site: str,
+        needs: Needs,
+        source: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.name = names[0]
+        self.names = names
+        self.module = module
+        self.site = site
+        self.needs = needs
+        self.source = source
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.site!r}, needs={self.needs.value})"
+
+    @abstractmethod
+    def hold(self) -> None:
+        """Neither observe nor quantize."""
+
+    @abstractmethod
+    def listen(self) -> None:
+        """Forget every range and observe; do not quantize, where the framework can tell the two apart."""
+
+    @abstractmethod
+    def observe(self, value: Tensor) -> None:
+        """See one tensor, as the forward of the model would show it."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Compute scale and zero_point from what was observed and write them to the quantizer's own tensors."""
+
+    @abstractmethod
+    def ranges(self) -> list[Tensor]:
+        """The tensors that hold what was observed; NaN or inf in them means NaN or inf in what was seen."""
+
+    @abstractmethod
+    def check(self) -> Iterable[Problem]:
+        """Say what no quantizer can use: scales, zero points, channel counts."""
+
+    def findings(self) -> Iterable[str]:
+        """What is sound and should still be known: a constant input, say."""
+        return ()
+
+    def restore(self, leaf: str, value: Tensor) -> None:
+        """Take a value that the model's state_dict does not hold."""
+        raise NotImplementedError(f"{type(self.module).__name__} has no hidden state {leaf}")
+
+    def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Parameter key -> what the quantizer makes of that parameter, in the parameter's own units."""
+        return {}
+
+    def channels(self) -> int | None:
+        """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
+        return 1
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take a range chosen by another statistic than the quantizer's own."""
+        raise NotImplementedError(f"{type(self.module).__name__} takes no range from outside")
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """What a framework may look at to describe a model."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    slots: Mapping[str, Slot]
+
+
+@dataclass(frozen=True)
+class KeyView:
+    """What a framework may look at to describe a checkpoint: keys and specs, never tensors."""
+
+    specs: Mapping[str, Spec]
+    versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Framework(ABC):
+    """All that the package knows of one QAT framework."""
+
+    name: str
+
+    @abstractmethod
+    def owns_model(self, view: ModelView) -> bool:
+        """Whether the model holds quantizers of this framework."""
+
+    @abstractmethod
+    def owns_keys(self, view: KeyView) -> bool:
+        """Whether the keys are laid out as this framework writes them."""
+
+    @abstractmethod
+    def describe_keys(self, view: KeyView) -> Schema:
+        """The meaning of every key of a checkpoint."""
+
+    @abstractmethod
+    def quantizers(self, view: ModelView) -> list[Quantizer]:
+        """Every quantizer of the model, each once, in the model's order."""
+
+    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
+        """The meaning of one tensor of a quantizer's state."""
+        raise NotImplementedError
+
+    def hidden_entries(self, quantizer: Quantizer) -> Iterable[tuple[str, Entry]]:
+        """State of the quantizer that the model's state_dict does not hold."""
+        return ()
+
+    def sites(self, view: ModelView) -> Mapping[str, str]:
+        """Module path in the prepared model -> module path in the float model, where the two differ."""
+        return {}
+
+    def fused(self, view: ModelView) -> list[Fused]:
+        """Batch normalizations that fusion moved under another name."""
+        return []
+
+    def constants(self, view: ModelView) -> Mapping[str, str]:
+        """Keys of the prepared model that the float model's state_dict may lack by design, and why."""
+        return {}
+
+    def notes(self, view: ModelView, float_model: nn.Module | None) -> list[str]:
+        """What a user of this model should know and the framework does not say."""
+        return []
+
+    @contextmanager
+    def evaluation(self, model: nn.Module) -> Iterator[Callable[..., Any]]:
+        """A callable that runs the model in eval mode; the model's own modes are as before afterwards."""
+        modes = [(module, module.training) for module in model.modules()]
+        inner = getattr(model, "_orig_mod", model)
+        try:
+            inner.eval()
+            yield inner
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def plain_entry(site: str, spec: Spec) -> Entry:
+    """The meaning of a tensor that the float model holds too; from the key alone, a parameter and a buffer look alike."""
+    leaf = split_path(site)[1]
+    role = Role.BUFFER if leaf in ("running_mean", "running_var", "num_batches_tracked") else Role.PARAMETER
+    return Entry(site, role, *spec)
+
+
+def tensorless_places(view: KeyView) -> frozenset[str]:
+    """Modules that the state_dict's own version record lists and that hold no tensor: where fusion left an identity."""
+    holding = set()
+    for key in view.specs:
+        parent = split_path(key)[0]
+        while parent and parent not in holding:
+            holding.add(parent)
+            parent = split_path(parent)[0]
+    return frozenset(path for path in view.versions if path and path not in holding)

@@ -1,0 +1,241 @@
+"""torch.ao FX graph mode: `prepare_qat_fx`. Extends eager mode: the fused modules and the quantizers are the same classes.
+
+What is known here, and what it rests on (torch 2.13):
+
+* Activation quantizers are `activation_post_process_N` at the root, numbered by position; what they quantize is in the graph.
+* The batch-normalization modules are gone. `GraphModule.meta["_observed_graph_module_attrs"].node_name_to_scope` still lists
+  every node of the original trace, in order, with its module path and class.
+* Tensors that the trace met and that are not parameters become *persistent* buffers, whatever they were before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_compat.frameworks.base import KeyView, ModelView
+from qat_compat.frameworks.torch_ao import FakeQuant, TorchAO, is_fake_quant, is_observer
+from qat_compat.state import join_path, split_path
+
+_NUMBERED = re.compile(r"(?:^|\.)activation_post_process_\d+\.")
+
+__all__ = ["FX", "graphs_of", "is_exported"]
+
+
+def is_exported(module: nn.Module) -> bool:
+    """Whether a module is a graph that `torch.export` made."""
+    return isinstance(module, torch.fx.GraphModule) and any("val" in node.meta for node in module.graph.nodes)
+
+
+def graphs_of(view: ModelView) -> dict[str, torch.fx.GraphModule]:
+    """Path -> graph module, for those that call quantizers."""
+    return {
+        path: module
+        for path, module in view.modules.items()
+        if isinstance(module, torch.fx.GraphModule)
+        and any(is_fake_quant(child) or is_observer(child) for child in module.children())
+    }
+
+
+def ancestors(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Every node that the value of `node` is computed from, in the graph's order."""
+    seen: set[torch.fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return [candidate for candidate in node.graph.nodes if candidate in seen] if seen else []
+
+
+def _fetch(root: nn.Module, target: str) -> Any:
+    value: Any = root
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def evaluate(root: torch.fx.GraphModule, node: torch.fx.Node, above: list[torch.fx.Node]) -> Tensor:
+    """The input of a quantizer node that depends on nothing but the model's own tensors."""
+    return evaluate_node(root, node.args[0], above)  # type: ignore[arg-type]
+
+
+def evaluate_node(root: torch.fx.GraphModule, node: torch.fx.Node, above: list[torch.fx.Node]) -> Tensor:
+    """The value of a node; `above` holds it and all that it depends on, in the graph's order."""
+    values: dict[torch.fx.Node, Any] = {}
+
+    def resolve(argument: Any) -> Any:
+        return torch.fx.node.map_arg(argument, lambda n: values[n])
+
+    for current in above:
+        arguments, keywords = resolve(current.args), resolve(current.kwargs)
+        if current.op == "get_attr":
+            values[current] = _fetch(root, str(current.target))
+        elif current.op == "call_function":
+            values[current] = current.target(*arguments, **keywords)  # type: ignore[operator]
+        elif current.op == "call_method":
+            values[current] = getattr(arguments[0], str(current.target))(*arguments[1:], **keywords)
+        else:
+            values[current] = _fetch(root, str(current.target))(*arguments, **keywords)
+    result: Tensor = values[node]
+    return result
+
+
+class FX(TorchAO):
+    """torch.ao FX graph mode."""
+
+    name = "fx"
+
+    def owns_model(self, view: ModelView) -> bool:
+        graphs = graphs_of(view)
+        return bool(graphs) and not any(is_exported(module) for module in graphs.values())
+
+    def owns_keys(self, view: KeyView) -> bool:
+        return any(_NUMBERED.search(key) for key in view.specs)
+
+    def _quantizer(self, view: ModelView, names: tuple[str, ...], module: nn.Module) -> FakeQuant:
+        parent, leaf = split_path(names[0])
+        root = view.modules[parent]
+        if not isinstance(root, torch.fx.GraphModule) or leaf == "weight_fake_quant":
+            return super()._quantizer(view, names, module)
+        inside = {name[len(parent) + 1 :] if parent else name for name in names}
+        nodes = [node for node in root.graph.nodes if node.op == "call_module" and node.target in inside]
+        if not nodes:
+            return FakeQuant(names, module, f"unused:{names[0]}")
+        site = self._site(root, parent, nodes[0], ancestors(nodes[0]))
+        above = [ancestors(node) for node in nodes]
+        if any(a.op == "placeholder" for found in above for a in found):
+            return FakeQuant(names, module, site)
+        first, before = nodes[0], above[0]
+        axis = getattr(module, "ch_axis", -1)
+        shape = self._shape(root, first, before)
+        channels = shape[axis] if shape is not None and axis >= 0 else None
+        parameter, factor = self._parameter(root, parent, first)
+        return FakeQuant(
+            names, module, site, lambda: evaluate(root, first, before), channels, parameter, factor
+        )
+
+    @staticmethod
+    def _parameter(
+        root: torch.fx.GraphModule, parent: str, node: torch.fx.Node
+    ) -> tuple[str, Callable[[], Tensor] | None]:
+        """The parameter that a data-free quantizer sees, and what it is multiplied by on the way."""
+        producer = node.args[0]
+        if not isinstance(producer, torch.fx.Node):
+            return "", None
+        if producer.op == "get_attr":
+            return join_path(parent, str(producer.target)), None
+        arguments = producer.args
+        if (
+            str(producer.target) == "aten.mul.Tensor"
+            and isinstance(arguments[0], torch.fx.Node)
+            and isinstance(arguments[1], torch.fx.Node)
+            and arguments[0].op == "get_attr"
+        ):
+            by = arguments[1]
+            upstream = [*ancestors(by), by]
+            return join_path(parent, str(arguments[0].target)), lambda: evaluate_node(root, by, upstream)
+        return "", None
+
+    @staticmethod
+    def _shape(
+        root: torch.fx.GraphModule, node: torch.fx.Node, above: list[torch.fx.Node]
+    ) -> tuple[int, ...] | None:
+        value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
+        if isinstance(value, Tensor):
+            return tuple(value.shape)
+        if len(above) == 1 and above[0].op == "get_attr":
+            return tuple(_fetch(root, str(above[0].target)).shape)
+        return None
+
+    def _site(
+        self, root: torch.fx.GraphModule, parent: str, node: torch.fx.Node, above: list[torch.fx.Node]
+    ) -> str:
+        producer = node.args[0]
+        if not isinstance(producer, torch.fx.Node):
+            return f"graph:{node.target}"
+        if not any(a.op == "placeholder" for a in above):
+            shape = self._shape(root, node, above)
+            for candidate in above:
+                if candidate.op == "get_attr":
+                    target = str(candidate.target)
+                    value = _fetch(root, target)
+                    if isinstance(value, nn.Parameter) and (shape is None or tuple(value.shape) == shape):
+                        return f"weight:{join_path(parent, split_path(target)[0])}"
+            return f"constant:{join_path(parent, str(producer.target))}"
+        if producer.op == "placeholder":
+            return f"input:{join_path(parent, str(producer.target))}"
+        if producer.op == "call_module":
+            return f"output:{join_path(parent, str(producer.target))}"
+        return f"output:{join_path(parent, producer.name)}"
+
+    def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
+        found = dict(super().chains(view, [h for h in hosts if not self._graph_above(view, h)]))
+        for path, graph in graphs_of(view).items():
+            inside = [host for host in hosts if self._graph_above(view, host) == (path,)]
+            found.update(_scan_scopes(graph, path, inside))
+        return found
+
+    @staticmethod
+    def _graph_above(view: ModelView, host: str) -> tuple[str, ...]:
+        """The path of the nearest graph module above `host`, as a 1-tuple, or () where there is none."""
+        parent = host
+        while parent:
+            parent = split_path(parent)[0]
+            if isinstance(view.modules.get(parent), torch.fx.GraphModule):
+                return (parent,)
+        return ()
+
+    def constants(self, view: ModelView) -> Mapping[str, str]:
+        found: dict[str, str] = {}
+        for path, root in graphs_of(view).items():
+            for node in root.graph.nodes:
+                if node.op == "get_attr":
+                    key = join_path(path, str(node.target))
+                    slot = view.slots.get(key)
+                    if slot is not None and not slot.is_parameter and not _is_statistic(key):
+                        found[key] = "a tensor that the tracer captured: not in the float model's state_dict"
+        return found
+
+
+def _is_statistic(key: str) -> bool:
+    return split_path(key)[1] in ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _scan_scopes(root: torch.fx.GraphModule, path: str, hosts: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Which removed norms each fused host may have been followed by, from the order of the original trace.
+
+    A norm runs after its host. Hosts and removed norms are read in trace order into a cluster that closes when it holds as
+    many norms as hosts: the norms of a closed cluster belong to its hosts. A cluster of one pair is certain; in a larger one
+    every host keeps every norm as a candidate.
+    """
+    attrs = root.meta.get("_observed_graph_module_attrs")
+    scopes = getattr(attrs, "node_name_to_scope", {})
+    wanted = set(hosts)
+    existing = {name for name, module in root.named_modules() if isinstance(module, _BatchNorm)}
+    found: dict[str, tuple[str, ...]] = {}
+    open_hosts: list[str] = []
+    open_norms: list[str] = []
+    for scope, kind in scopes.values():
+        full = join_path(path, scope)
+        if full in wanted and full not in found and full not in open_hosts:
+            open_hosts.append(full)
+        elif (
+            isinstance(kind, type)
+            and issubclass(kind, _BatchNorm)
+            and scope not in existing
+            and full not in open_norms
+            and open_hosts
+        ):
+            open_norms.append(full)
+            if len(open_norms) == len(open_hosts):
+                found.update({host: tuple(open_norms) for host in open_hosts})
+                open_hosts, open_norms = [], []
+    return found

@@ -1,0 +1,385 @@
+"""torch.ao eager-mode QAT: `fuse_modules_qat` + `prepare_qat`.
+
+What is known here, and what it rests on (torch 2.13):
+
+* A quantizer is a `FakeQuantizeBase` (or a bare observer) at `<m>.weight_fake_quant` or `<m>.activation_post_process`; inside a
+  fake-quantizer the observer is again called `activation_post_process`.
+* A fused convolution keeps its name, the batch normalization becomes `<conv>.bn`, and an `nn.Identity` stays in its place. A
+  module that was fused but not prepared is an `nn.Sequential` of its parts at the convolution's name.
+* A fused module quantizes `weight * gamma / sqrt(running_var + eps)` (`_ConvBnNd._forward_approximate`, `LinearBn1d.forward`).
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_compat.errors import Problem, ProblemKind
+from qat_compat.frameworks.base import (
+    Framework,
+    KeyView,
+    ModelView,
+    Needs,
+    Quantizer,
+    plain_entry,
+    tensorless_places,
+)
+from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
+from qat_compat.state import join_path, modules_of, split_path
+from qat_compat.trace import followers
+
+__all__ = ["FakeQuant", "TorchAO", "is_fake_quant", "is_observer"]
+
+OBSERVER = "activation_post_process"
+
+# leaf of a quantizer's state -> role; the same table for models and for files
+LEAVES: Mapping[str, Role] = {
+    "scale":                            Role.SCALE,
+    "zero_point":                       Role.ZERO_POINT,
+    "fake_quant_enabled":               Role.ENABLED,
+    "observer_enabled":                 Role.ENABLED,
+    "static_enabled":                   Role.ENABLED,
+    "learning_enabled":                 Role.ENABLED,
+    "eps":                              Role.EPS,
+    "min_val":                          Role.MIN,
+    "max_val":                          Role.MAX,
+    "histogram":                        Role.HISTOGRAM,
+    f"{OBSERVER}.eps":                  Role.EPS,
+    f"{OBSERVER}.min_val":              Role.MIN,
+    f"{OBSERVER}.max_val":              Role.MAX,
+    f"{OBSERVER}.histogram":            Role.HISTOGRAM,
+    f"{OBSERVER}.scale":                Role.CONSTANT,
+    f"{OBSERVER}.zero_point":           Role.CONSTANT,
+}  # fmt: skip
+
+# names of older torch versions -> today's
+_OLD_LEAVES = {"min_vals": "min_val", "max_vals": "max_val"}
+_OLD_BN_LEAVES = {
+    "gamma":               "weight",
+    "beta":                "bias",
+    "running_mean":        "running_mean",
+    "running_var":         "running_var",
+    "num_batches_tracked": "num_batches_tracked",
+}  # fmt: skip
+
+_QUANTIZER = re.compile(r"(?:^|\.)(weight_fake_quant|activation_post_process(?:_\d+)?)(?=\.)")
+
+
+def _has_base(module: object, name: str) -> bool:
+    """Whether a class of this name is among the bases; torch.ao and torchao.pt2e have one set of classes each."""
+    return any(base.__name__ == name for base in type(module).__mro__)
+
+
+def is_fake_quant(module: object) -> bool:
+    return _has_base(module, "FakeQuantizeBase")
+
+
+def is_observer(module: object) -> bool:
+    return _has_base(module, "ObserverBase")
+
+
+class FakeQuant(Quantizer):
+    """A `FakeQuantizeBase` with its observer, or a bare observer, of torch.ao or torchao's pt2e."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        module: nn.Module,
+        site: str,
+        source: Callable[[], Tensor] | None = None,
+        channels: int | None = None,
+        parameter: str = "",
+        factor: Callable[[], Tensor] | None = None,
+    ) -> None:
+        observer = getattr(module, OBSERVER, module)
+        if _has_base(observer, "FixedQParamsObserver"):
+            needs = Needs.DEFINITION
+        elif source is not None:
+            needs = Needs.WEIGHTS
+        elif getattr(module, "is_dynamic", False) or not list(observer.buffers(recurse=False)):
+            needs = Needs.NOTHING
+        else:
+            needs = Needs.DATA
+        super().__init__(names, module, site, needs, source)
+        self.observer: Any = observer
+        self._channels = channels
+        self._parameter = parameter  # key of the parameter that `source` is made from
+        self._factor = factor  # what that parameter is multiplied by on the way, per channel
+
+    @property
+    def per_channel(self) -> bool:
+        return _has_base(self.observer, "PerChannelMinMaxObserver")
+
+    def channels(self) -> int | None:
+        return self._channels if self.per_channel else 1
+
+    def _switch(self, name: str, on: bool) -> None:
+        flag = getattr(self.module, name, None)
+        if isinstance(flag, Tensor):
+            flag.fill_(int(on))
+
+    def hold(self) -> None:
+        for name in ("fake_quant_enabled", "observer_enabled", "static_enabled", "learning_enabled"):
+            self._switch(name, False)
+
+    def listen(self) -> None:
+        low, high = getattr(self.observer, "min_val", None), getattr(self.observer, "max_val", None)
+        if isinstance(low, Tensor) and isinstance(high, Tensor):
+            # not `reset_min_max_vals`: it puts new CPU tensors in place of buffers that may be elsewhere
+            shape = (0,) if self.per_channel else ()
+            low.resize_(shape).fill_(float("inf"))
+            high.resize_(shape).fill_(float("-inf"))
+        histogram = getattr(self.observer, "histogram", None)
+        if isinstance(histogram, Tensor):
+            histogram.resize_(self.observer.bins).zero_()
+        self._switch("observer_enabled", True)
+        self._switch("static_enabled", True)
+
+    def observe(self, value: Tensor) -> None:
+        self.module(value)
+
+    def settle(self) -> None:
+        if not hasattr(self.module, "scale"):
+            return  # a bare observer: its ranges are its state
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scale, zero_point = self._calculate_qparams()
+        self._write(scale, zero_point)
+
+    def _calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        # a learnable fake-quantizer's own method returns what it has learnt, not what was observed
+        owner: Any = self.observer if hasattr(self.module, "learning_enabled") else self.module
+        scale, zero_point = owner.calculate_qparams()
+        return scale, zero_point
+
+    def _write(self, scale: Tensor, zero_point: Tensor) -> None:
+        module: Any = self.module
+        if module.scale is None:
+            module._initialize_or_update_qparams(scale, zero_point)
+            return
+        for mine, value in ((module.scale.data, scale), (module.zero_point.data, zero_point)):
+            if mine.shape != value.shape:
+                mine.resize_(value.shape)
+            mine.copy_(value)
+
+    def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
+        return {self._parameter: self._quantized} if self._parameter and self.source is not None else {}
+
+    def _quantized(self) -> Tensor:
+        assert self.source is not None
+        module: Any = self.module
+        with torch.no_grad():
+            value, observer = self.source(), self.observer
+            bounds = (observer.quant_min, observer.quant_max)
+            if self.per_channel:
+                value = torch.fake_quantize_per_channel_affine(
+                    value, module.scale, module.zero_point, module.ch_axis, *bounds
+                )
+            else:
+                value = torch.fake_quantize_per_tensor_affine(value, module.scale, module.zero_point, *bounds)
+            return value if self._factor is None else value / self._factor()
+
+    def ranges(self) -> list[Tensor]:
+        found = [getattr(self.observer, name, None) for name in ("min_val", "max_val")]
+        return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.numel()]
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        observer = self.observer
+        for mine, value in ((observer.min_val, low), (observer.max_val, high)):
+            mine.resize_(value.shape).copy_(value)
+        if hasattr(self.module, "scale"):
+            self._write(*observer._calculate_qparams(observer.min_val, observer.max_val))
+
+    def _untouched(self) -> bool:
+        """Whether the quantizer has yet to see its first tensor, so that its scale is the default of 1."""
+        low = getattr(self.observer, "min_val", None)
+        if not isinstance(low, Tensor):
+            return False
+        return low.numel() == 0 or bool((low == float("inf")).all())
+
+    def check(self) -> Iterable[Problem]:
+        scale, zero_point = getattr(self.module, "scale", None), getattr(self.module, "zero_point", None)
+        if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor) or self._untouched():
+            return
+        key, remedy = f"{self.name}.scale", "calibrate this quantizer anew, or take it from a sound file"
+        bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
+        if bad:
+            yield Problem(
+                ProblemKind.INVALID, key, f"{bad} of {scale.numel()} scales are not finite and positive", remedy
+            )
+        qmin, qmax = getattr(self.observer, "quant_min", None), getattr(self.observer, "quant_max", None)
+        whole = not zero_point.is_floating_point() or hasattr(self.module, "learning_enabled")
+        if whole and qmin is not None and qmax is not None:
+            outside = int(((zero_point < qmin) | (zero_point > qmax) | (zero_point != zero_point)).sum())
+            if outside:
+                yield Problem(
+                    ProblemKind.INVALID,
+                    f"{self.name}.zero_point",
+                    f"{outside} of {zero_point.numel()} are outside [{qmin}, {qmax}]",
+                    remedy,
+                )
+        expected = self.channels()
+        if expected is not None and scale.numel() != expected:
+            detail = f"expected {expected} scale(s), found {scale.numel()}"
+            yield Problem(ProblemKind.INVALID, key, detail, remedy)
+
+    def findings(self) -> Iterable[str]:
+        ranges = self.ranges()
+        if len(ranges) == 2 and not self._untouched():
+            flat = int((ranges[0] == ranges[1]).sum())
+            if flat:
+                yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
+
+
+def quantized_weight(module: nn.Module) -> Tensor:
+    """The tensor that a QAT module hands to its weight quantizer.
+
+    Source: `_ConvBnNd._forward_approximate` and `LinearBn1d.forward` of torch 2.13, operation by operation, so that the bits
+    are the same.
+    """
+    owner: Any = module
+    weight: Tensor = owner.weight
+    return weight * norm_factor(module) if _is_fused_qat(module) else weight
+
+
+def norm_factor(module: nn.Module) -> Tensor:
+    """`gamma / sqrt(running_var + eps)` of a fused module, shaped to multiply its weight."""
+    owner: Any = module
+    running_std = torch.sqrt(owner.bn.running_var + owner.bn.eps)
+    factor: Tensor = owner.bn.weight / running_std
+    return factor.reshape([-1] + [1] * (owner.weight.dim() - 1))
+
+
+def _is_fused_qat(module: nn.Module) -> bool:
+    return "weight_fake_quant" in module._modules and isinstance(module._modules.get("bn"), _BatchNorm)
+
+
+def _is_fused_float(module: nn.Module) -> bool:
+    """A fused module that was not prepared: a Sequential of its float parts."""
+    return _has_base(module, "_FusedModule") and "weight" not in module._parameters and "0" in module._modules
+
+
+class TorchAO(Framework):
+    """torch.ao eager mode."""
+
+    name = "torch_ao"
+
+    def owns_model(self, view: ModelView) -> bool:
+        return any(is_fake_quant(m) or is_observer(m) for m in view.modules.values())
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def quantizers(self, view: ModelView) -> list[Quantizer]:
+        names: dict[int, list[str]] = {}
+        modules: dict[int, nn.Module] = {}
+        for path, module in modules_of(view.model):
+            inside = is_observer(module) and is_fake_quant(view.modules.get(split_path(path)[0]))
+            if (is_fake_quant(module) or is_observer(module)) and not inside:
+                names.setdefault(id(module), []).append(path)
+                modules[id(module)] = module
+        return [self._quantizer(view, tuple(names[ident]), module) for ident, module in modules.items()]
+
+    def _quantizer(self, view: ModelView, names: tuple[str, ...], module: nn.Module) -> FakeQuant:
+        parent, leaf = split_path(names[0])
+        host = view.modules[parent]
+        if leaf == "weight_fake_quant":
+            weight: Any = host.weight
+            axis = getattr(module, "ch_axis", -1)
+            channels = weight.shape[axis] if axis >= 0 else None
+            factor = (lambda: norm_factor(host)) if _is_fused_qat(host) else None
+            key = join_path(parent, "weight")
+            return FakeQuant(
+                names, module, f"weight:{parent}", lambda: quantized_weight(host), channels, key, factor
+            )
+        return FakeQuant(names, module, f"output:{parent}")
+
+    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
+        role = LEAVES.get(leaf, Role.BUFFER)
+        if quantizer.needs is Needs.DEFINITION and role in (Role.SCALE, Role.ZERO_POINT):
+            role = Role.CONSTANT
+        return Entry(quantizer.site, role, spec.shape, spec.dtype, quantizer.name, leaf)
+
+    def sites(self, view: ModelView) -> Mapping[str, str]:
+        return {join_path(path, "0"): path for path, module in view.modules.items() if _is_fused_float(module)}
+
+    def fused(self, view: ModelView) -> list[Fused]:
+        norms: dict[str, tuple[str, int]] = {}  # prefix of the norm -> host, how many modules were fused after the host
+        for path, module in view.modules.items():
+            if _is_fused_qat(module):
+                norms[join_path(path, "bn")] = (path, 2 if "ReLU" in type(module).__name__ else 1)
+            elif _is_fused_float(module) and isinstance(module._modules.get("1"), _BatchNorm):
+                norms[join_path(path, "1")] = (path, len(module._modules) - 1)
+        chains = self.chains(view, [host for host, _ in norms.values()])
+        return [
+            self._fused(view.modules[prefix], prefix, host, chains.get(host, ()), length)
+            for prefix, (host, length) in norms.items()
+        ]
+
+    def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
+        """Host -> the places that fusion left empty and that the model calls on its output."""
+        leaves = [view.modules[host] for host in hosts]
+        leaves += [m for m in view.modules.values() if is_fake_quant(m) or is_observer(m)]
+        return followers(view.model, hosts, leaves, is_empty_place)
+
+    def _fused(self, norm: nn.Module, prefix: str, host: str, chain: tuple[str, ...], length: int) -> Fused:
+        # the norm comes first of those fused into the host; identities of the model's own may stand anywhere in the chain
+        candidates = chain[: max(1, len(chain) - length + 1)]
+        tensors = [n for n, t in (*norm._parameters.items(), *norm._buffers.items()) if t is not None]
+        channels: Any = norm.num_features
+        return Fused(prefix, host, channels, tuple(tensors), candidates, "trace of the prepared model")
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def owns_keys(self, view: KeyView) -> bool:
+        return any(_QUANTIZER.search(key) for key in view.specs)
+
+    def describe_keys(self, view: KeyView) -> Schema:
+        entries: dict[str, Entry] = {}
+        hosts: set[str] = set()
+        for key, spec in view.specs.items():
+            match = _QUANTIZER.search(key)
+            if match is None:
+                continue
+            quantizer = key[: match.end()]
+            parent, name = split_path(quantizer)
+            parts = key[match.end() + 1 :].split(".")
+            leaf = ".".join([*parts[:-1], _OLD_LEAVES.get(parts[-1], parts[-1])])
+            kind = "weight" if name == "weight_fake_quant" else "output"
+            if kind == "weight":
+                hosts.add(parent)
+            site = f"{kind}:{parent}" if parent or name == OBSERVER else f"graph:{name}"
+            entries[key] = Entry(site, LEAVES.get(leaf, Role.BUFFER), *spec, quantizer, leaf)
+        norms: dict[str, dict[str, Spec]] = {}
+        for key, spec in view.specs.items():
+            if key in entries:
+                continue
+            site = self._float_site(key, view, hosts)
+            entries[key] = plain_entry(site, spec)
+            parent, leaf = split_path(site)
+            if split_path(parent)[1] == "bn" and split_path(parent)[0] in hosts:
+                norms.setdefault(parent, {})[leaf] = spec
+        ordered = {key: entries[key] for key in view.specs}
+        places = tensorless_places(view)
+        fused = tuple(
+            Fused(prefix, split_path(prefix)[0], max(s.shape[0] for s in t.values() if s.shape), tuple(t))
+            for prefix, t in norms.items()
+        )
+        return Schema(ordered, self.name, Stage.PREPARED, fused, places)
+
+    @staticmethod
+    def _float_site(key: str, view: KeyView, hosts: set[str]) -> str:
+        """Today's name of a float tensor; ConvBn modules of torch 1.x kept the norm's tensors as their own."""
+        parent, leaf = split_path(key)
+        if parent in hosts and leaf in _OLD_BN_LEAVES and join_path(parent, "weight") in view.specs:
+            return join_path(parent, "bn", _OLD_BN_LEAVES[leaf])
+        return key
+
+
+def is_empty_place(module: nn.Module) -> bool:
+    return type(module) is nn.Identity

@@ -1,0 +1,172 @@
+"""torchao QAT: `quantize_(model, QATConfig(...))`.
+
+What is known here, and what it rests on (torchao 0.18):
+
+* `FakeQuantizedLinear` / `FakeQuantizedEmbedding` keep the names of the float model; their quantizers are
+  `weight_fake_quantizer` and `activation_fake_quantizer`.
+* A dynamic quantizer has no state at all. A static one (`is_dynamic=False`) computes `scale` and `zero_point` in its first
+  forward and keeps them as plain attributes, which no state_dict holds. With range learning they become Parameters then
+  (`initialize_fake_quantizers`).
+* There is no observer apart from the fake-quantizer: what the quantizers see during calibration is fake-quantized upstream,
+  as in torchao's own first forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_compat.errors import Problem, ProblemKind
+from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
+from qat_compat.schema import Entry, Role, Schema, Spec, Stage
+from qat_compat.state import join_path, modules_of, split_path
+
+__all__ = ["TorchAOQAT"]
+
+_WEIGHT = "weight_fake_quantizer"
+_ACTIVATION = "activation_fake_quantizer"
+_LEAVES: Mapping[str, Role] = {"scale": Role.SCALE, "zero_point": Role.ZERO_POINT}
+
+
+def _is_quantizer(module: nn.Module) -> bool:
+    return any(base.__name__ == "FakeQuantizerBase" for base in type(module).__mro__)
+
+
+class IntxQuantizer(Quantizer):
+    """A torchao fake-quantizer."""
+
+    def __init__(self, names: tuple[str, ...], module: nn.Module, host: nn.Module, host_path: str, leaf: str) -> None:
+        config: Any = getattr(module, "config", None)
+        static = not getattr(config, "is_dynamic", True)
+        weight = leaf == _WEIGHT
+        needs = Needs.NOTHING if not static else Needs.WEIGHTS if weight else Needs.DATA
+        kind = "weight" if weight else "input"
+        super().__init__(
+            names, module, f"{kind}:{host_path}", needs, (lambda: _weight_of(host)) if static and weight else None
+        )
+        self.learns = bool(getattr(config, "range_learning", False))
+        self._host, self._host_path, self._is_weight = host, host_path, weight
+        self._enabled = True
+
+    def hold(self) -> None:
+        """Nothing to switch: torchao's own first forward, which is its calibration, fake-quantizes."""
+
+    def listen(self) -> None:
+        module: Any = self.module
+        self._enabled = module.enabled
+        module.enabled = True
+        for name in _LEAVES:
+            if name in module._parameters:
+                del module._parameters[name]
+            setattr(module, name, None)
+        # torchao's `initialize_fake_quantizers` sets it in the same way: a range-learning quantizer refuses to run before
+        module._initialized = True
+
+    def observe(self, value: Tensor) -> None:
+        self.module(value)
+
+    def settle(self) -> None:
+        """The forward has written scale and zero_point already, as Parameters where ranges are learnt."""
+        module: Any = self.module
+        module.enabled = self._enabled
+
+    def ranges(self) -> list[Tensor]:
+        found = [getattr(self.module, name, None) for name in _LEAVES]
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+    def check(self) -> Iterable[Problem]:
+        scale = getattr(self.module, "scale", None)
+        if self.needs is Needs.NOTHING or not isinstance(scale, Tensor):
+            return
+        bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
+        if bad:
+            detail = f"{bad} of {scale.numel()} scales are not finite and positive"
+            yield Problem(ProblemKind.INVALID, f"{self.name}.scale", detail, "calibrate this quantizer anew")
+
+    def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
+        return {join_path(self._host_path, "weight"): self._quantized} if self._is_weight else {}
+
+    def _quantized(self) -> Tensor:
+        before = {name: getattr(self.module, name, None) for name in _LEAVES}
+        with torch.no_grad():
+            value: Tensor = self.module(_weight_of(self._host))
+        for name, old in before.items():
+            setattr(self.module, name, old)
+        return value
+
+    def channels(self) -> int | None:
+        return None
+
+    def restore(self, leaf: str, value: Tensor) -> None:
+        module: Any = self.module
+        module._initialized = True
+        setattr(module, leaf, nn.Parameter(value) if self.learns and value.is_floating_point() else value)
+
+
+def _weight_of(host: nn.Module) -> Tensor:
+    weight: Tensor = host.weight  # type: ignore[assignment]
+    return weight
+
+
+class TorchAOQAT(Framework):
+    """torchao's QATConfig flow."""
+
+    name = "torchao"
+
+    def owns_model(self, view: ModelView) -> bool:
+        return any(_is_quantizer(module) for module in view.modules.values())
+
+    def quantizers(self, view: ModelView) -> list[Quantizer]:
+        names: dict[int, list[str]] = {}
+        modules: dict[int, nn.Module] = {}
+        for path, module in modules_of(view.model):
+            if _is_quantizer(module):
+                names.setdefault(id(module), []).append(path)
+                modules[id(module)] = module
+        found: list[Quantizer] = []
+        for ident, module in modules.items():
+            parent, leaf = split_path(names[ident][0])
+            found.append(IntxQuantizer(tuple(names[ident]), module, view.modules[parent], parent, leaf))
+        return found
+
+    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
+        return Entry(quantizer.site, _LEAVES.get(leaf, Role.BUFFER), *spec, quantizer.name, leaf)
+
+    def hidden_entries(self, quantizer: Quantizer) -> Iterable[tuple[str, Entry]]:
+        """`scale` and `zero_point` of a static quantizer, whether or not they have been computed yet."""
+        if quantizer.needs is Needs.NOTHING:
+            return
+        module: Any = quantizer.module
+        for leaf, role in _LEAVES.items():
+            if leaf in module._parameters or leaf in module._buffers:
+                continue
+            value = getattr(module, leaf, None)
+            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            precision = getattr(module.config, f"{leaf}_precision", torch.float32)
+            dtype = value.dtype if isinstance(value, Tensor) else precision
+            key = join_path(quantizer.name, leaf)
+            yield key, Entry(quantizer.site, role, shape, dtype, quantizer.name, leaf, hidden=True)
+
+    def owns_keys(self, view: KeyView) -> bool:
+        return any(_quantizer_of(key) is not None for key in view.specs)
+
+    def describe_keys(self, view: KeyView) -> Schema:
+        entries: dict[str, Entry] = {}
+        for key, spec in view.specs.items():
+            quantizer = _quantizer_of(key)
+            if quantizer is None:
+                entries[key] = plain_entry(key, spec)
+                continue
+            parent, name = split_path(quantizer)
+            site = f"{'weight' if name == _WEIGHT else 'input'}:{parent}"
+            leaf = split_path(key)[1]
+            entries[key] = Entry(site, _LEAVES[leaf], *spec, quantizer, leaf)
+        return Schema(entries, self.name, Stage.PREPARED)
+
+
+def _quantizer_of(key: str) -> str | None:
+    parent, leaf = split_path(key)
+    return parent if leaf in _LEAVES and split_path(parent)[1] in (_WEIGHT, _ACTIVATION) else None

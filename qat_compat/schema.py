@@ -1,0 +1,169 @@
+"""What every key of a checkpoint or of a model means.
+
+A :class:`Schema` is data: it is made by a framework file from a model or from the keys of a checkpoint, and it is all that
+matching and planning ever see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["UNKNOWN", "Entry", "Fused", "Role", "Schema", "Spec", "Stage"]
+
+
+UNKNOWN = (-1,)
+"""The shape of a tensor of which only the name is known."""
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of a tensor that need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+class Role(Enum):
+    """What a tensor is for."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"  # captured by a tracer from the program, or fixed by a quantizer's definition
+    EXTRA = "extra_state"  # a module's own `get_extra_state`
+    SCALE = "scale"
+    ZERO_POINT = "zero_point"
+    MIN = "min_val"
+    MAX = "max_val"
+    HISTOGRAM = "histogram"
+    AMAX = "amax"
+    EPS = "eps"
+    ENABLED = "enabled"  # switches of a quantizer: observer, fake-quant, learning
+    PACKED = "packed"  # a tensor that holds several others, or values of fewer bits than its dtype
+
+    @property
+    def is_float_entry(self) -> bool:
+        """Whether the unprepared float model holds this tensor too."""
+        return self in (Role.PARAMETER, Role.BUFFER, Role.EXTRA)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether a quantizer learns this value from what it sees."""
+        return self in (Role.SCALE, Role.ZERO_POINT, Role.MIN, Role.MAX, Role.HISTOGRAM, Role.AMAX)
+
+
+class Stage(Enum):
+    """How far along the way from float to integer a set of tensors is."""
+
+    FLOAT = "float"
+    FOLDED = "folded"
+    PREPARED = "prepared"
+    CONVERTED = "converted"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The meaning of one key.
+
+    Args:
+        site: Where the tensor belongs, in the float model's own words: `block.bn1.weight` for a parameter or buffer,
+            `weight:block.conv1`, `input:fc` or `output:block.relu` for the state of a quantizer.
+        role: What the tensor is.
+        shape: Its shape.
+        dtype: Its dtype.
+        quantizer: Name of the quantizer that the tensor belongs to, or "".
+        leaf: Name of the tensor within its quantizer, in today's words (`activation_post_process.min_val`).
+        hidden: Whether it is an attribute that the model's state_dict does not hold.
+        optional: Why a float checkpoint may lack it by design, or "".
+    """
+
+    site: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    quantizer: str = ""
+    leaf: str = ""
+    hidden: bool = False
+    optional: str = ""
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(self.shape, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A batch normalization that fusion moved under another module, so that its own name is not in its keys.
+
+    Args:
+        prefix: Where it is now (`conv1.bn`).
+        host: The module that it was fused into, in the float model's words (`conv1`).
+        channels: Its number of features.
+        tensors: Names of what it holds (`weight`, `running_mean`, ...).
+        candidates: Float module paths that the flow's own record allows; empty where the record is silent.
+        witness: What the candidates rest on.
+    """
+
+    prefix: str
+    host: str
+    channels: int
+    tensors: tuple[str, ...]
+    candidates: tuple[str, ...] = ()
+    witness: str = ""
+
+
+@dataclass(frozen=True)
+class Schema(Mapping[str, Entry]):
+    """Meaning of every key of one model or checkpoint, in its own order.
+
+    Example:
+        >>> import torch
+        >>> schema = Schema({"fc.weight": Entry("fc.weight", Role.PARAMETER, (3, 4), torch.float32)})
+        >>> schema["fc.weight"].role.value, schema.stage.value
+        ('parameter', 'float')
+
+    Args:
+        entries: key -> :class:`Entry`. The sites of tensors under a :class:`Fused` prefix are provisional (`conv1.bn.weight`).
+        framework: Name of the framework file that wrote it.
+        stage: Float, folded, prepared or converted.
+        fused: Batch normalizations whose float name is not in their keys.
+        places: Modules that exist without tensors (an `nn.Identity` left behind by fusion, say), if that is known.
+        non_persistent: Buffers of the model that its state_dict does not hold.
+        recorded: Whether the sites were written down by a system that knew them, rather than read off the keys.
+    """
+
+    entries: Mapping[str, Entry]
+    framework: str = "plain"
+    stage: Stage = Stage.FLOAT
+    fused: tuple[Fused, ...] = ()
+    places: frozenset[str] = frozenset()
+    non_persistent: frozenset[str] = frozenset()
+    recorded: bool = False
+    _by_quantizer: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getitem__(self, key: str) -> Entry:
+        return self.entries[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def float_keys(self) -> Iterable[str]:
+        """Keys whose tensors the unprepared float model holds too."""
+        return (key for key, entry in self.entries.items() if entry.role.is_float_entry)
+
+    def by_quantizer(self) -> Mapping[str, list[str]]:
+        """Quantizer name -> the keys of its state."""
+        if not self._by_quantizer:
+            for key, entry in self.entries.items():
+                if entry.quantizer:
+                    self._by_quantizer.setdefault(entry.quantizer, []).append(key)
+        return self._by_quantizer

@@ -1,0 +1,94 @@
+"""What is read: a lazy checkpoint and the meaning of its keys, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat_compat.errors import CompatError
+from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
+from qat_compat.schema import Schema
+from qat_compat.state import split_path
+from qat_compat.storage import Checkpoint, open_source
+
+__all__ = ["Source", "SourceLike", "hidden_state", "open_any"]
+
+SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint with its schema; `description` where it is a live model."""
+
+    checkpoint: Checkpoint
+    schema: Schema
+    description: Description | None = None
+
+    @property
+    def module_order(self) -> list[str]:
+        """Module paths in the order of the model, as far as the source knows it."""
+        if self.description is not None:
+            return list(self.description.view.modules)
+        return list(self.checkpoint.versions)
+
+
+def open_any(source: SourceLike, *, select: str | None = None) -> Source:
+    """Open a path, a mapping, a live module, or what has been opened before.
+
+    Example:
+        >>> from torch import nn
+        >>> open_any(nn.Linear(2, 3)).schema["weight"].shape
+        (3, 2)
+
+    Raises:
+        CheckpointError: See :mod:`qat_compat.storage`.
+    """
+    if isinstance(source, nn.Module):
+        return _from_module(source)
+    if not isinstance(source, (str, PathLike, Mapping)):
+        raise CompatError(
+            "this is no checkpoint",
+            expected="a path, a state_dict, an opened checkpoint or a module",
+            found=type(source).__name__,
+        )
+    checkpoint = open_source(source, select=select)
+    specs = {key: checkpoint.spec(key) for key in checkpoint}
+    schema = describe_keys(KeyView(specs, checkpoint.versions, checkpoint.record))
+    sites = checkpoint.record.get("sites")
+    if isinstance(sites, Mapping):
+        schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()}, checkpoint.record)
+    checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
+    return Source(checkpoint, schema)
+
+
+def _from_module(model: nn.Module) -> Source:
+    description = describe_model(model)
+    tensors: dict[str, Tensor] = {k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent}
+    tensors.update(hidden_state(description))
+    extras: dict[str, Any] = {
+        key: description.view.modules[split_path(key)[0]].get_extra_state()
+        for key in description.schema
+        if key.endswith("_extra_state") and key not in tensors
+    }
+    name = f"<{type(model).__name__}>"
+    specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
+    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name)
+    checkpoint.framework, checkpoint.stage = description.schema.framework, description.schema.stage.value
+    schema = description.schema
+    return Source(checkpoint, schema, description)
+
+
+def hidden_state(description: Description) -> dict[str, Tensor]:
+    """Values of quantizers that no state_dict holds, where they have been computed."""
+    found: dict[str, Tensor] = {}
+    by_name = {quantizer.name: quantizer for quantizer in description.quantizers}
+    for key, entry in description.schema.items():
+        if entry.hidden:
+            value = getattr(by_name[entry.quantizer].module, entry.leaf, None)
+            if isinstance(value, Tensor):
+                found[key] = value.detach()
+    return found

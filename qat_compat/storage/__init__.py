@@ -1,0 +1,18 @@
+"""Reading and writing checkpoints: every container that people have, opened lazily and without running what is in it.
+
+Example:
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save({"fc.weight": torch.eye(2)}, f"{folder}/model.safetensors")
+    ...     checkpoint = open_source(path)
+    ...     print(checkpoint.spec("fc.weight"), checkpoint["fc.weight"].sum().item())
+    float32[2, 2] 2.0
+"""
+
+from __future__ import annotations
+
+from qat_compat.storage.checkpoint import Checkpoint
+from qat_compat.storage.find import find_checkpoint
+from qat_compat.storage.io import open_source, save
+
+__all__ = ["Checkpoint", "find_checkpoint", "open_source", "save"]

@@ -1,0 +1,195 @@
+"""Sets of weights in the data of a checkpoint: mappings of tensors, and modules that were pickled whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qat_compat.errors import CheckpointError, LimitError
+from qat_compat.storage.lazy import HeldTensor, LazyTensor
+from qat_compat.storage.plain import plain
+from qat_compat.storage.standins import NumpyArray, Opaque, Unreadable
+
+__all__ = ["Weights", "has_tensors", "is_weights", "weights_of"]
+
+_MAX_MODULE_DEPTH = 128
+
+
+class Weights(NamedTuple):
+    """One state_dict.
+
+    Args:
+        tensors: Its tensors, in order, under their own names.
+        versions: Its `_metadata`.
+        extra: Its entries that are no tensors, and attributes of tensor subclasses, as plain data.
+    """
+
+    tensors: dict[str, LazyTensor]
+    versions: Mapping[str, Any]
+    extra: dict[str, Any]
+
+
+def is_weights(node: object) -> bool:
+    """Whether `node` is a state_dict (or a module): names with tensors directly under them."""
+    if _is_module(node):
+        return True
+    if not isinstance(node, Mapping) or not node:
+        return False
+    tensors = 0
+    for key, value in node.items():
+        if not isinstance(key, str):
+            return False
+        if _tensor(value) is not None or _tensors_in(value):
+            tensors += 1
+        elif isinstance(value, Mapping) and not key.endswith("_extra_state"):
+            return False  # a trainer's dict that has a tensor among its values
+    return tensors > 0
+
+
+def has_tensors(node: object) -> bool:
+    """Whether tensors are directly under the names of `node`, whatever else is."""
+    return isinstance(node, Mapping) and any(
+        isinstance(key, str) and (_tensor(value) is not None or _tensors_in(value)) for key, value in node.items()
+    )
+
+
+def weights_of(node: object) -> Weights:
+    """The tensors of a state_dict or module.
+
+    A tuple of tensors (packed parameters of a converted layer) gives one key per member:
+    `fc._packed_params._packed_params.0`. A tensor subclass of torchao gives its inner tensors under the names that
+    torchao's own flat form has for them.
+
+    Raises:
+        CheckpointError: A tensor is of a kind that has no plain form (sparse, nested, on the meta device).
+    """
+    extra: dict[str, Any] = {}
+    tensors: dict[str, LazyTensor] = {}
+    versions: Any = None
+    if isinstance(node, torch.nn.Module):
+        node = node.state_dict()
+    if isinstance(node, Opaque):
+        members = dict(_module_tensors(node, "", 0))
+    else:
+        assert isinstance(node, Mapping)
+        members = dict(node)
+        versions = getattr(node, "_metadata", None)
+    for key, value in members.items():
+        _add(str(key), value, tensors, extra)
+    return Weights(tensors, _versions(versions), extra)
+
+
+def _add(key: str, value: object, tensors: dict[str, LazyTensor], extra: dict[str, Any]) -> None:
+    tensor = _tensor(value)
+    if isinstance(tensor, Unreadable):
+        _flatten(key, tensor, tensors, extra)
+    elif tensor is not None:
+        tensors[key] = tensor
+    elif _tensors_in(value):
+        assert isinstance(value, (tuple, list))
+        for index, member in enumerate(value):
+            if member is not None:
+                _add(f"{key}.{index}", member, tensors, extra)
+    elif value is not None:
+        extra[key] = plain(value)
+
+
+def _flatten(key: str, tensor: Unreadable, tensors: dict[str, LazyTensor], extra: dict[str, Any]) -> None:
+    inner = {name: part for name, part in tensor.parts.items() if _tensor(part) is not None}
+    if not inner:
+        raise CheckpointError(
+            f"a tensor cannot be read: it is {tensor.what}",
+            key=key,
+            expected="a dense tensor",
+            found=tensor.what,
+            remedy=tensor.remedy,
+        )
+    # The names of torchao's own flat form (`flatten_tensor_state_dict`), so that both files read alike.
+    module, _, name = key.rpartition(".")
+    prefix = f"{module}._{name}_" if module else f"_{name}_"
+    for part, value in inner.items():
+        _add(prefix + part, value, tensors, extra)
+    extra[key] = {
+        "_type": tensor.cls.rpartition(".")[2],
+        "_data": {
+            part: plain(value) for part, value in tensor.parts.items() if part not in inner and value is not None
+        },
+        "_tensor_data_names": list(inner),
+        "shape": list(tensor.spec.shape),
+        "dtype": str(tensor.spec.dtype).removeprefix("torch."),
+    }
+
+
+def _tensor(value: object) -> LazyTensor | None:
+    if isinstance(value, LazyTensor):
+        return value
+    if isinstance(value, torch.Tensor):
+        return HeldTensor(value.detach())
+    if isinstance(value, NumpyArray):
+        value = value.array
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.ndim:
+        native = value.astype(value.dtype.newbyteorder("="), copy=not value.flags.writeable)
+        return HeldTensor(torch.from_numpy(native))
+    return None
+
+
+def _tensors_in(value: object) -> bool:
+    """Whether `value` is a tuple of tensors, as converted layers pack weight and bias."""
+    return (
+        isinstance(value, (tuple, list))
+        and 0 < len(value) <= 8
+        and any(_tensor(part) is not None for part in value)
+        and all(part is None or _tensor(part) is not None for part in value)
+    )
+
+
+def _is_module(node: object) -> bool:
+    if isinstance(node, Opaque):
+        attributes = node.attributes()
+        return isinstance(attributes.get("_parameters"), dict) and isinstance(attributes.get("_modules"), dict)
+    return isinstance(node, torch.nn.Module)
+
+
+def _module_tensors(module: Opaque, prefix: str, depth: int) -> Iterator[tuple[str, object]]:
+    """Parameters and persistent buffers in the order of `Module.state_dict`."""
+    if depth > _MAX_MODULE_DEPTH:
+        raise LimitError(
+            "the pickled module is nested too deeply",
+            expected=f"at most {_MAX_MODULE_DEPTH} levels",
+            found=prefix[:80] + "...",
+            remedy="this is no trainer's file; do not use it",
+        )
+    attributes = module.attributes()
+    transient = attributes.get("_non_persistent_buffers_set") or ()
+    parameters, buffers = attributes.get("_parameters") or {}, attributes.get("_buffers") or {}
+    for name, value in (*parameters.items(), *((n, b) for n, b in buffers.items() if n not in transient)):
+        if value is not None:
+            if _tensor(value) is None:
+                raise _no_tensor(prefix + str(name), value)
+            yield prefix + str(name), value
+    for name, child in (attributes.get("_modules") or {}).items():
+        if child is None:
+            continue
+        if not isinstance(child, Opaque) or not _is_module(child):
+            raise _no_tensor(prefix + str(name), child)
+        yield from _module_tensors(child, f"{prefix}{name}.", depth + 1)
+
+
+def _no_tensor(key: str, value: object) -> CheckpointError:
+    return CheckpointError(
+        "the pickled module holds something that cannot be read as weights",
+        key=key,
+        expected="a tensor or a module",
+        found=value.cls if isinstance(value, Opaque) else type(value).__name__,
+        remedy="save `model.state_dict()` where the model's own code is installed",
+    )
+
+
+def _versions(metadata: object) -> dict[str, Any]:
+    """The `_metadata` of a state_dict, where it is one."""
+    if not isinstance(metadata, Mapping):
+        return {}
+    return {str(path): dict(entry) for path, entry in metadata.items() if isinstance(entry, Mapping)}

@@ -1,0 +1,112 @@
+"""Which of the checkpoints in a folder to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qat_compat.errors import CheckpointError
+from qat_compat.storage.io import open_source
+
+__all__ = ["find_checkpoint"]
+
+_LOG = logging.getLogger(__name__)
+_SIDECARS = {".sha256": 64, ".md5": 32}  # suffix -> hexadecimal digits
+_BLOCK = 1 << 20
+
+
+def find_checkpoint(
+    folder: str | os.PathLike[str], pattern: str, *, config: Mapping[str, Any] | None = None
+) -> Path | None:
+    """The newest complete checkpoint that matches, or None: then training starts from scratch.
+
+    A file is complete if it opens, and if its data fit its checksums: those in the file, and those of a sidecar
+    (`model.pt.sha256`, `model.pt.md5`) where there is one. An incomplete file is passed over, and the log says why.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from qat_compat.storage import save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save({"w": torch.ones(2)}, f"{folder}/pretrain_512.pth")
+        ...     found = find_checkpoint(folder, "pretrain_{hidden_size}*.pth", config={"hidden_size": 512})
+        ...     print(found.name, find_checkpoint(folder, "full_sft_*.pth"))
+        pretrain_512.pth None
+
+    Args:
+        folder: Where to look; it need not exist.
+        pattern: Glob pattern of the names; `{field}` stands for a value of `config`.
+        config: Values for the pattern. Needed only if it has fields.
+
+    Raises:
+        CheckpointError: The pattern has a field that `config` has not.
+    """
+    names = _filled(pattern, config or {})
+    root = Path(folder)
+    found = [path for path in root.glob(names) if not path.name.startswith(".") and not _is_sidecar(path)]
+    for path in sorted(found, key=_age, reverse=True):
+        problem = _problem(path)
+        if problem is None:
+            return path
+        _LOG.warning("%s is not complete and is passed over: %s", path, problem)
+    _LOG.warning("no complete checkpoint matches %s in %s: training starts from scratch", names, root)
+    return None
+
+
+def _filled(pattern: str, config: Mapping[str, Any]) -> str:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+    except ValueError as error:
+        raise CheckpointError(
+            "the pattern is malformed", key=pattern, found=error, remedy="double a literal brace"
+        ) from error
+    missing = [name for name in fields if name not in config]
+    if missing:
+        raise CheckpointError(
+            "the pattern has a field that the configuration has not",
+            key=pattern,
+            expected=", ".join(sorted(map(str, config))) or "a configuration",
+            found=missing[0],
+            remedy=f"pass config={{{missing[0]!r}: ...}}",
+        )
+    return pattern.format_map(config) if fields else pattern
+
+
+def _age(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except OSError:  # a broken link, or a file that has just gone
+        return 0, path.name
+
+
+def _problem(path: Path) -> str | None:
+    """Why a file is not complete; None if it is."""
+    try:
+        open_source(path, verify=True)
+    except CheckpointError as error:
+        return str(error.message)
+    for suffix, digits in _SIDECARS.items():
+        sidecar = path.with_name(path.name + suffix)
+        if path.is_file() and sidecar.is_file():
+            expected = sidecar.read_text(errors="replace").split()[:1]
+            if not expected or len(expected[0]) != digits:
+                return f"{sidecar.name} holds no checksum"
+            if _checksum(path, suffix.removeprefix(".")) != expected[0].lower():
+                return f"its checksum differs from {sidecar.name}"
+    return None
+
+
+def _checksum(path: Path, name: str) -> str:
+    digest = hashlib.new(name, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_sidecar(path: Path) -> bool:
+    return path.suffix in _SIDECARS or path.suffix == ".tmp"

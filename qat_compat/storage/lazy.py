@@ -1,0 +1,225 @@
+"""Tensors that are known by shape and dtype, and read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_compat.errors import CheckpointError, LimitError
+from qat_compat.schema import Spec
+from qat_compat.storage.qtensor import Quantizer, rebuild_quantized
+
+__all__ = ["HeldTensor", "LazyTensor", "LazyTensors", "Storage", "StoredTensor", "check_extent", "element_size"]
+
+_MAX_DIMENSIONS = 64
+_MAX_EXPANSION = 64 << 20  # bytes that an expanded (stride 0) tensor may claim beyond what its storage holds
+
+
+def element_size(dtype: torch.dtype) -> int:
+    """Bytes of one element."""
+    return dtype.itemsize
+
+
+class LazyTensor:
+    """A tensor that is read on demand.
+
+    Example:
+        >>> import torch
+        >>> lazy = HeldTensor(torch.ones(2, 3))
+        >>> lazy.spec, lazy.read().sum().item()
+        (Spec(shape=(2, 3), dtype=torch.float32), 6.0)
+    """
+
+    __slots__ = ("spec",)
+
+    spec: Spec
+
+    def read(self) -> Tensor:
+        """The tensor itself; it may be backed by the file and must not be written to."""
+        raise NotImplementedError
+
+    @property
+    def alias(self) -> Hashable | None:
+        """Equal for two tensors that are the same memory; None where that is not known."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"<{self.spec}, not read>"
+
+
+class HeldTensor(LazyTensor):
+    """A tensor that is in memory already."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.spec = Spec(tuple(tensor.shape), tensor.dtype)
+        self.tensor = tensor
+
+    def read(self) -> Tensor:
+        return self.tensor
+
+    @property
+    def alias(self) -> Hashable | None:
+        tensor = self.tensor
+        # Subclasses and tensors without data have no address that means anything.
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            return None
+        if tensor.device.type == "meta" or tensor.numel() == 0:
+            return None
+        return (
+            tensor.data_ptr(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
+
+
+class Storage:
+    """A run of bytes in a file, that several tensors may view.
+
+    Args:
+        name: The record that holds it, for messages.
+        nbytes: Its length in bytes.
+        load: Returns it as a uint8 tensor of that length.
+        swap: Whether its elements are in the other byte order than this machine's.
+    """
+
+    __slots__ = ("load", "name", "nbytes", "swap")
+
+    def __init__(self, name: str, nbytes: int, load: Callable[[], Tensor], *, swap: bool = False) -> None:
+        self.name = name
+        self.nbytes = nbytes
+        self.load = load
+        self.swap = swap
+
+
+class StoredTensor(LazyTensor):
+    """A strided view of a :class:`Storage`; the view is checked here, so that reading it cannot leave the storage."""
+
+    __slots__ = ("conj", "neg", "offset", "quantizer", "storage", "stride")
+
+    def __init__(
+        self,
+        storage: Storage,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        *,
+        stride: tuple[int, ...] | None = None,
+        offset: int = 0,
+        quantizer: Quantizer | None = None,
+        conj: bool = False,
+        neg: bool = False,
+    ) -> None:
+        self.stride = contiguous(shape) if stride is None else stride
+        check_extent(storage.name, storage.nbytes, dtype, shape, self.stride, offset)
+        self.spec = Spec(shape, dtype)
+        self.storage = storage
+        self.offset = offset
+        self.quantizer = quantizer
+        self.conj = conj
+        self.neg = neg
+
+    @property
+    def alias(self) -> Hashable | None:
+        if 0 in self.spec.shape:
+            return None
+        return (id(self.storage), self.offset, self.stride, self.spec, self.conj, self.neg)
+
+    def read(self) -> Tensor:
+        dtype = self.spec.dtype
+        size = element_size(dtype)
+        raw = self.storage.load()
+        if self.storage.swap and size > 1:
+            part = size // 2 if dtype.is_complex else size
+            raw = raw.view(-1, part).flip(1).reshape(-1)
+        elif raw.numel() and raw.data_ptr() % size:
+            raw = raw.clone()  # formats without alignment: kernels expect addresses that fit the element
+        if self.quantizer is not None:
+            return rebuild_quantized(raw, dtype, self.spec.shape, self.stride, self.offset, self.quantizer)
+        # A storage may end in a part of an element (it was made of bytes); the view never reaches it.
+        values = raw[: raw.numel() // size * size].view(dtype)
+        tensor = values.as_strided(self.spec.shape, self.stride, self.offset)
+        if self.conj:
+            tensor = tensor.conj().resolve_conj()
+        return torch.neg(tensor) if self.neg else tensor
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A mapping that reads each tensor when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"{dict(self._tensors)!r}"
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense row-major tensor, in elements."""
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def check_extent(
+    name: str, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> None:
+    """Refuse a view that leaves its storage, or that claims far more memory than the storage has.
+
+    Raises:
+        CheckpointError: The view is malformed or leaves the storage.
+        LimitError: Its strides blow few bytes up to very many.
+    """
+    if len(shape) != len(stride) or len(shape) > _MAX_DIMENSIONS or not _all_sizes(shape, stride, (offset,)):
+        raise CheckpointError(
+            "a tensor has a malformed shape",
+            key=name,
+            expected="sizes and strides of equal number, none of them negative",
+            found=f"size {shape!r}, stride {stride!r}, offset {offset!r}",
+            remedy="the file is corrupt; get a fresh copy",
+        )
+    last, count = offset, 1
+    for size, step in zip(shape, stride, strict=True):
+        last += (size - 1) * step
+        count *= size
+    item = element_size(dtype)
+    if count == 0:
+        last = offset - 1  # an empty tensor touches nothing, but its offset still has to lie in the storage
+    if (last + 1) * item > nbytes:
+        raise CheckpointError(
+            "a tensor reaches beyond its storage",
+            key=name,
+            expected=f"at most {nbytes} bytes",
+            found=f"{(last + 1) * item} bytes ({str(dtype).removeprefix('torch.')}, size {shape}, stride {stride})",
+            remedy="the file is corrupt; get a fresh copy",
+        )
+    if count * item > nbytes + _MAX_EXPANSION:
+        raise LimitError(
+            "a tensor claims far more memory than the file holds for it",
+            key=name,
+            expected=f"at most {nbytes + _MAX_EXPANSION} bytes",
+            found=f"{count * item} bytes (size {shape}, stride {stride})",
+            remedy="save the tensor as it is (`tensor.contiguous()`), or do not use this file",
+        )
+
+
+def _all_sizes(*groups: tuple[Any, ...]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**62 for group in groups for value in group)

@@ -1,0 +1,144 @@
+"""A regular file, mapped into memory and read without running or changing anything."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qat_compat.errors import CheckpointError, LimitError
+
+__all__ = ["MappedFile"]
+
+_SPARSE_FROM = 1 << 30
+_SPARSE_RATIO = 64
+
+
+class MappedFile:
+    """The bytes of one file.
+
+    The mapping is private (copy on write): a tensor over it costs no memory until it is touched, and a write to such a
+    tensor would not reach the file. Every access first looks whether the file is still what was opened, because
+    touching a page that has been cut off kills the process.
+
+    Args:
+        path: A regular file; anything else (a pipe, a device, a folder) is refused without waiting for it.
+
+    Raises:
+        CheckpointError: The file cannot be opened, is empty, or is not a regular file.
+        LimitError: The file is almost all holes: it claims far more bytes than the disk holds for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # O_NONBLOCK: opening a pipe that nobody writes to returns at once instead of hanging.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
+        self._close = weakref.finalize(self, os.close, self._fd)
+        self._state = os.fstat(self._fd)
+        self.size = self._state.st_size
+        self._check_kind()
+        self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, start: int, length: int) -> bytes:
+        """A copy of `length` bytes."""
+        self._check_range(start, length)
+        return self._map[start : start + length]
+
+    def view(self, start: int, length: int) -> memoryview:
+        """`length` bytes, not copied."""
+        self._check_range(start, length)
+        return memoryview(self._map)[start : start + length].toreadonly()
+
+    def tensor(self, start: int, length: int) -> Tensor:
+        """`length` bytes as a uint8 tensor over the mapping."""
+        self._check_range(start, length)
+        if length == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start)
+
+    def buffer(self) -> mmap.mmap:
+        """All bytes, for slicing."""
+        self._check_range(0, self.size)
+        return self._map
+
+    def find_last(self, needle: bytes, start: int, end: int) -> int:
+        """Offset of the last occurrence of `needle` in `start:end`, or -1."""
+        self._check_range(start, end - start)
+        return self._map.rfind(needle, start, end)
+
+    def _check_kind(self) -> None:
+        mode = self._state.st_mode
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(
+                "not a regular file",
+                file=self.path,
+                expected="a regular file, or a folder with shards",
+                found=_kind(mode),
+                remedy="write its content to a file first",
+            )
+        if self.size == 0:
+            raise CheckpointError(
+                "the file is empty",
+                file=self.path,
+                expected="a checkpoint",
+                found="0 bytes",
+                remedy="the writer did not finish, or the download failed; get a fresh copy",
+            )
+        on_disk = getattr(self._state, "st_blocks", 0) * 512
+        if self.size >= _SPARSE_FROM and 0 < on_disk < self.size // _SPARSE_RATIO:
+            raise LimitError(
+                "the file is almost all holes",
+                file=self.path,
+                expected=f"about {self.size} bytes on disk",
+                found=f"{on_disk} bytes on disk",
+                remedy="the copy was interrupted, or the file was made to exhaust memory; get a fresh copy",
+            )
+
+    def _check_range(self, start: int, length: int) -> None:
+        now = os.fstat(self._fd)
+        if now.st_size != self.size or now.st_mtime_ns != self._state.st_mtime_ns:
+            raise CheckpointError(
+                "the file was changed while it was open",
+                file=self.path,
+                expected=f"{self.size} bytes, as when it was opened",
+                found=f"{now.st_size} bytes, modified since",
+                remedy="open it again once its writer is done",
+            )
+        if start < 0 or length < 0 or start + length > self.size:
+            raise CheckpointError(
+                "the file is cut short",
+                file=self.path,
+                expected=f"at least {start + length} bytes",
+                found=f"{self.size} bytes",
+                remedy="the download or the copy was interrupted; get a fresh copy",
+            )
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
+    code = error.errno if isinstance(error, OSError) else None
+    message = "no such file" if code in (errno.ENOENT, errno.ENOTDIR) else "the file cannot be opened"
+    remedy = "check the path" if code in (errno.ENOENT, errno.ENOTDIR) else "check the path and its permissions"
+    return CheckpointError(message, file=path, found=error, remedy=remedy)
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe (FIFO)"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    )
+    return next((word for test, word in kinds if test(mode)), "a special file")

@@ -1,0 +1,96 @@
+"""Names for people: repeated layers collapse into one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+__all__ = ["collapse", "shorten"]
+
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])|\d+$|(?<=[A-Za-z_])\d+(?=\.|$)")
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """Fold names that differ in one layer number, then names that differ in their last part.
+
+    Example:
+        >>> collapse(f"encoder.layer.{i}.fc.{leaf}" for i in range(12) for leaf in ("weight", "bias"))
+        ['encoder.layer.{0...11}.fc.{weight,bias}']
+        >>> collapse(["conv1.weight", "conv2.weight", "conv4.weight"])
+        ['conv{1,2,4}.weight']
+    """
+    folded = _fold_leaves(list(dict.fromkeys(names)))
+    while True:
+        smaller = _fold_numbers(folded)
+        if len(smaller) == len(folded):
+            return smaller
+        folded = smaller
+
+
+def _fold_leaves(names: Sequence[str]) -> list[str]:
+    by_parent: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        by_parent.setdefault(parent, []).append(leaf)
+    return [
+        f"{parent}.{leaves[0]}" if parent and len(leaves) == 1 else _braced(parent, leaves)
+        for parent, leaves in by_parent.items()
+    ]
+
+
+def _braced(parent: str, leaves: Sequence[str]) -> str:
+    text = leaves[0] if len(leaves) == 1 else "{" + ",".join(leaves) + "}"
+    return f"{parent}.{text}" if parent else text
+
+
+def _fold_numbers(names: Sequence[str]) -> list[str]:
+    """Fold the leftmost number position in which several names, otherwise equal, differ."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    home: dict[str, tuple[str, str]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for name in names:
+        for found in _NUMBER.finditer(name):
+            form = (name[: found.start()], name[found.end() :])
+            counts[form] = counts.get(form, 0) + 1
+    for name in names:
+        forms = [(name[: m.start()], name[m.end() :]) for m in _NUMBER.finditer(name)]
+        best = max(forms, key=lambda form: counts[form], default=None)
+        if best is not None and counts[best] > 1:
+            home[name] = best
+    out: dict[str, None] = {}
+    for name in names:
+        best = home.get(name)
+        if best is None:
+            out[name] = None
+            continue
+        groups.setdefault(best, []).append(int(name[len(best[0]) : len(name) - len(best[1])]))
+        out[f"\0{best[0]}\0{best[1]}"] = None
+    lines = []
+    for item in out:
+        if not item.startswith("\0"):
+            lines.append(item)
+            continue
+        _, head, tail = item.split("\0")
+        lines.append(f"{head}{_numbers(sorted(set(groups[(head, tail)])))}{tail}")
+    return lines
+
+
+def _numbers(values: Sequence[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    if len(values) > 2 and list(values) == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}...{values[-1]}}}"
+    shown = ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")
+    return f"{{{shown}}}"
+
+
+def shorten(lines: Sequence[str], limit: int) -> list[str]:
+    """At most `limit` lines; the last one says how many more there are.
+
+    Example:
+        >>> shorten(["a", "b", "c"], 2)
+        ['a', '... and 2 more']
+    """
+    if len(lines) <= limit:
+        return list(lines)
+    return [*lines[: limit - 1], f"... and {len(lines) - limit + 1} more"]

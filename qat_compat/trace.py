@@ -1,0 +1,191 @@
+"""Which module a model calls right after which other one: evidence for names that fusion took away.
+
+Three ways, strongest first: a symbolic trace of the whole model, the same of the parent module alone (where the whole model
+has control flow that cannot be traced), and the order that an `nn.Sequential` defines. A fourth one watches a real forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.fx
+from torch import Tensor, nn
+
+from qat_compat.state import join_path, split_path
+
+__all__ = ["Passes", "followers", "watch_followers"]
+
+Passes = Callable[[nn.Module], bool]
+
+
+class _LeafTracer(torch.fx.Tracer):
+    """Records calls of modules that hold no other module of the model's own; never enters the given leaves."""
+
+    def __init__(self, leaves: frozenset[int]) -> None:
+        super().__init__()
+        self._leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(root: nn.Module, leaves: frozenset[int]) -> torch.fx.Graph | None:
+    """The graph of module calls of `root`, or None where it cannot be traced; leaves the module's attributes as they were."""
+    attributes = [(module, dict(module.__dict__)) for module in root.modules()]
+    try:
+        return _LeafTracer(leaves).trace(root)
+    except Exception:  # tracing runs the user's forward with proxies: any error at all means "cannot be traced"
+        return None
+    finally:
+        for module, saved in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(saved)
+
+
+def _chains(graph: torch.fx.Graph, hosts: set[str], passing: set[str]) -> dict[str, tuple[str, ...]]:
+    """Host -> the passing modules reached from its output through passing modules alone, nearest first."""
+    found: dict[str, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or str(node.target) not in hosts:
+            continue
+        chain: list[str] = []
+        frontier = [node]
+        while frontier:
+            users = [
+                user
+                for current in frontier
+                for user in current.users
+                if user.op == "call_module" and str(user.target) in passing and user.args[:1] == (current,)
+            ]
+            chain += [str(user.target) for user in users]
+            frontier = users
+        known = found.get(str(node.target))
+        merged = tuple(dict.fromkeys(chain))
+        # a module that is called several times is followed by the same module each time
+        found[str(node.target)] = merged if known is None else tuple(path for path in known if path in merged)
+    return found
+
+
+def followers(
+    model: nn.Module, hosts: Iterable[str], leaves: Iterable[nn.Module], passes: Passes
+) -> dict[str, tuple[str, ...]]:
+    """For each host, the modules for which `passes` holds that the model calls on its output, nearest first.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.bn, self.conv = nn.BatchNorm1d(2), nn.Conv1d(1, 2, 1)
+        ...
+        ...     def forward(self, x):
+        ...         return self.bn(self.conv(x))
+        >>> followers(Net(), ["conv"], [], lambda module: isinstance(module, nn.BatchNorm1d))
+        {'conv': ('bn',)}
+
+    Args:
+        model: The model; it is traced, not run.
+        hosts: Module paths to follow.
+        leaves: Modules that the trace must not enter, beside those of `torch.nn`.
+        passes: Which modules count as followers.
+
+    Returns:
+        Host path -> follower paths; a host for which nothing could be learnt is absent.
+    """
+    wanted = set(hosts)
+    if not wanted:
+        return {}
+    modules = dict(model.named_modules())
+    passing = {path for path, module in modules.items() if passes(module)}
+    leaf_ids = frozenset(map(id, leaves)) | {id(modules[path]) for path in passing}
+    found: dict[str, tuple[str, ...]] = {}
+    graph = _trace(model, leaf_ids)
+    if graph is not None:
+        found = _chains(graph, wanted, passing)
+    by_parent: dict[str, set[str]] = {}
+    for host in wanted - {host for host, chain in found.items() if chain}:
+        by_parent.setdefault(split_path(host)[0], set()).add(host)
+    for parent, inside in by_parent.items():
+        module = modules.get(parent)
+        if module is None:
+            continue
+        if type(module) is nn.Sequential:
+            found.update(_sequential_chains(parent, module, inside, passing))
+        elif graph is None:
+            local_graph = _trace(module, leaf_ids)
+            if local_graph is None:
+                continue
+            local = _chains(
+                local_graph,
+                {split_path(host)[1] for host in inside},
+                {path[len(parent) + 1 :] if parent else path for path in passing if path.startswith(parent)},
+            )
+            for host, chain in local.items():
+                found[join_path(parent, host)] = tuple(join_path(parent, path) for path in chain)
+    return {host: chain for host, chain in found.items() if chain}
+
+
+def _sequential_chains(
+    parent: str, module: nn.Sequential, hosts: set[str], passing: set[str]
+) -> dict[str, tuple[str, ...]]:
+    """In an `nn.Sequential` each child is called on the output of the one before, by definition."""
+    paths = [join_path(parent, name) for name in module._modules]
+    position = {path: index for index, path in enumerate(paths)}
+    found: dict[str, tuple[str, ...]] = {}
+    for host in hosts:
+        chain: list[str] = []
+        for path in paths[position[host] + 1 :]:
+            if path not in passing:
+                break
+            chain.append(path)
+        found[host] = tuple(chain)
+    return found
+
+
+def watch_followers(
+    run: Callable[[], Any], model: nn.Module, hosts: Iterable[str], passes: Passes
+) -> dict[str, tuple[str, ...]]:
+    """The same as :func:`followers`, seen in one real forward: a follower's input *is* the output of its host.
+
+    Args:
+        run: Runs the model once.
+        model: The model whose modules are watched.
+        hosts: Module paths to follow.
+        passes: Which modules count as followers; only modules that hand their input on as it is can be seen through.
+    """
+    modules = dict(model.named_modules())
+    origin: dict[int, tuple[str, Tensor]] = {}
+    found: dict[str, list[str]] = {}
+    handles = []
+
+    def leaving(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                origin[id(output)] = (path, output)  # held, so that its id is not given to another tensor
+
+        return hook
+
+    def entering(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any) -> None:
+            if args and isinstance(args[0], Tensor) and id(args[0]) in origin:
+                chain = found.setdefault(origin[id(args[0])][0], [])
+                if path not in chain:
+                    chain.append(path)
+
+        return hook
+
+    try:
+        for host in hosts:
+            handles.append(modules[host].register_forward_hook(leaving(host)))
+        for path, module in modules.items():
+            if passes(module):
+                handles.append(module.register_forward_pre_hook(entering(path)))
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {host: tuple(chain) for host, chain in found.items()}
+
+

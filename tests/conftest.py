@@ -1,0 +1,32 @@
+"""What all tests share: the zoo is importable, and a test that runs beside others on a small machine stays on one
+core."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "matrix")]
+
+import torch  # noqa: E402  (the hub must be offline before anything imports it)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed() -> None:
+    """No test depends on which ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_torch() -> object:
+    """torch.ao warns on every observer that has seen nothing, and of its own future."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch")
+        yield

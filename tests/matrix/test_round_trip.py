@@ -1,0 +1,54 @@
+"""From QAT model, state dict and file back to the float state dict: keys, order, dtypes and bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flows import FLOWS, cells, prepare_for
+from zoo import ARCHS
+
+from qat_compat.testing import assert_round_trip
+
+_CELLS = cells(
+    "eager-x86/" + " ".join(name for name in ARCHS if name != "bf16"),
+    "eager-minmax-per-tensor/bf16",
+    "eager-embedding/embedding",
+    "eager-histogram/plain",
+    "fx-x86/plain unordered crossed residual linear_bn conv1d conv3d tied shared",
+    "fx-x86/constants functional unet fixed partial stubs sequential",
+    "fx-skip/plain residual linear_bn",
+    "pt2e-x86/crossed residual tied constants functional",
+    "pt2e-x86-eval/plain",
+    "pt2e-sharing/functional",
+    "torchao-int8-int4/tied",
+    "torchao-weight-only/tied",
+    "torchao-static/tied",
+    "torchao-learned/tied bf16",
+    "torchao-intx/llama",
+)
+_EVERY = ("model", "state_dict", "file")
+
+
+def _expectations(flow: str, name: str) -> dict[str, Any]:
+    """What can be known without `like=`; see there."""
+    kind = FLOWS[flow].kind
+    # FX registers a second name of a module under the first only.
+    lost = {"fx-x86/shared": ("fc2.*",), "pt2e-x86-eval/plain": ("*.num_batches_tracked",)}
+    expectations: dict[str, Any] = {"lost": lost.get(f"{flow}/{name}", ())}
+    if kind in ("fx", "pt2e") and name == "constants":
+        expectations["unaided"] = None  # a graph module saves every buffer
+    elif (flow, name) == ("eager-x86", "dynamic"):
+        expectations["unaided"] = ()  # nothing but data or the float model could tell which BN is where
+    elif kind in ("pt2e", "torchao"):
+        expectations |= {"unaided": _EVERY, "ordered": _EVERY}
+    if kind == "fx":
+        expectations["ordered"] = ()  # it registers modules in the order of their use
+    return expectations
+
+
+@pytest.mark.parametrize(("flow", "name"), _CELLS)
+def test_round_trip(flow: str, name: str) -> None:
+    arch = ARCHS[name]
+    expectations = _expectations(flow, name)
+    assert_round_trip(arch.make, prepare_for(flow, name), arch.state(), batches=arch.batches(), **expectations)

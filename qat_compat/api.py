@@ -21,7 +21,7 @@ from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.floating import to_float
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.join import Goal, join, without
-from qat_compat.match import Evidence, Rename, match
+from qat_compat.match import Evidence, Rename, canonical, match
 from qat_compat.plan import Keep, Plan, Synthesize
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
@@ -282,6 +282,8 @@ def _prepare(model: nn.Module, source: SourceLike, options: _Options) -> _Prepar
         ties={key: slot.keys for key, slot in description.view.slots.items() if len(slot.keys) > 1},
         goal=goal,
         ignored=ignored,
+        alias=opened.checkpoint.alias,
+        unused=_float_names(options.float_model),
         names=(opened.checkpoint.name, f"{type(model).__name__} ({target.framework})"),
     )
     plan = replace(plan, warnings=(*opened.checkpoint.notes, *plan.warnings, *_notes(plan, description, options)))
@@ -324,6 +326,14 @@ def _with_float_model(schema: Schema, float_model: nn.Module | None) -> Schema:
     held = set(describe_model(float_model).schema)
     entries = {k: replace(e, optional="") if e.optional and e.site in held else e for k, e in schema.items()}
     return replace(schema, entries=entries, _by_quantizer={})
+
+
+def _float_names(float_model: nn.Module | None) -> frozenset[str]:
+    """Names of the float model's tensors, with and without wrapper segments."""
+    if float_model is None:
+        return frozenset()
+    keys = describe_model(float_model).schema
+    return frozenset(keys) | frozenset(map(canonical, keys))
 
 
 def is_norm(module: nn.Module) -> bool:

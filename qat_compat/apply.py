@@ -193,7 +193,8 @@ class _Transaction:
         """Make a slot hold `value`; the tensor object stays the same wherever that is possible."""
         slot = self.slots[key]
         if slot.tensor.device.type != "meta":
-            slot.tensor.data = value
+            for tensor in slot.tensors:
+                tensor.data = value
             return
         fresh = nn.Parameter(value, slot.tensor.requires_grad) if slot.is_parameter else value
         for module, name in slot.owners:
@@ -201,31 +202,26 @@ class _Transaction:
 
     def scratch(self) -> None:
         """Copies stand in for every buffer, so that nothing that runs can reach the model's own."""
-        shared: dict[int, Tensor] = {}
-        for slot in self.slots.values():
+        for key, slot in self.slots.items():
             if not slot.is_parameter and slot.tensor.device.type != "meta":
-                storage = slot.tensor.data
-                if storage.data_ptr() and storage.data_ptr() in shared and shared[storage.data_ptr()].shape == storage.shape:
-                    slot.tensor.data = shared[storage.data_ptr()]
-                    continue
-                copy = storage.clone()
-                shared[storage.data_ptr()] = copy
-                slot.tensor.data = copy
+                self.install(key, slot.tensor.data.clone())
 
     def settle(self, staged: Mapping[str, Tensor], changed: set[str]) -> None:
         """Keep what quantizers wrote to the buffers in `changed`; every other one gets its staged or its old value."""
         for key, slot in self.slots.items():
             if slot.is_parameter or slot.tensor.device.type == "meta":
                 continue
-            module, name = slot.owners[0]
             if key in changed:
+                module, name = slot.owners[0]
                 current = module._buffers[name]
-                if current is not slot.tensor and current is not None:
-                    slot.tensor.data = current.data
+                if current is not None and current is not slot.tensor:
+                    self.install(key, current.data)
             else:
-                slot.tensor.data = staged.get(key, self._data[key])
+                self.install(key, staged.get(key, self._data[key]))
+            by_id = {id(tensor): tensor for tensor in slot.tensors}
             for module, name in slot.owners:
-                module._buffers[name] = slot.tensor
+                if id(module._buffers[name]) not in by_id:
+                    module._buffers[name] = slot.tensor
 
     def roll_back(self) -> None:
         for module, attributes, parameters, buffers, children, hidden in self._modules:
@@ -240,7 +236,8 @@ class _Transaction:
                 mapping.update(saved)  # type: ignore[arg-type]
             module._non_persistent_buffers_set = hidden
         for key, slot in self.slots.items():
-            slot.tensor.data = self._data[key]
+            for tensor in slot.tensors:
+                tensor.data = self._data[key]
 
 
 @contextmanager

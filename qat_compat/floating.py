@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
-from qat_compat.frameworks import describe_model
 from qat_compat.frameworks.base import plain_entry
 from qat_compat.join import join
 from qat_compat.match import Evidence, match, resolve_alone
-from qat_compat.plan import Copy
+from qat_compat.plan import Copy, Keep
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.state import join_path, split_path
 from qat_compat.storage import Checkpoint
+from qat_compat.text import collapse, shorten
 from qat_compat.trace import followers
 
 __all__ = ["float_names", "to_float"]
@@ -75,15 +75,21 @@ def to_float(
                 )
             ]
         )
-    names, dtypes = _like_names(opened, like) if like is not None else (_own_names(opened), {})
+    layout = _layout_of(opened, like) if like is not None else _Layout(_own_names(opened))
     read = _reader(opened, weights)
     specs: dict[str, Spec] = {}
-    for name, key in names.items():
-        shape, dtype = opened.checkpoint.spec(key)
-        specs[name] = Spec(shape, dtypes.get(name, dtype))
+    for name, key in layout.names.items():
+        if key is None:
+            specs[name] = layout.kept.spec(name) if layout.kept is not None else Spec((), torch.int64)
+        else:
+            shape, dtype = opened.checkpoint.spec(key)
+            specs[name] = Spec(shape, layout.dtypes.get(name, dtype))
 
     def fetch(name: str) -> Tensor:
-        value = read(names[name])
+        key = layout.names[name]
+        if key is None:
+            return layout.kept[name] if layout.kept is not None else torch.zeros((), dtype=torch.int64)
+        value = read(key)
         return value.to(specs[name].dtype) if isinstance(value, Tensor) else value
 
     result = Checkpoint(
@@ -91,13 +97,30 @@ def to_float(
         fetch,
         name=f"float({opened.checkpoint.name})",
         metadata=opened.checkpoint.metadata,
-        notes=opened.checkpoint.notes,
+        notes=(*opened.checkpoint.notes, *layout.notes),
     )
     result.framework, result.stage = "plain", Stage.FLOAT.value
     return result
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The float side: its names in order.
+
+    Args:
+        names: Float name -> source key, or None for a counter that the source does not hold.
+        dtypes: Float name -> dtype, where `like` has one.
+        kept: Where counters that the source does not hold come from.
+        notes: What was decided on the way.
+    """
+
+    names: Mapping[str, str | None]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    kept: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
 
 
 def _own_names(source: Source) -> dict[str, str]:
@@ -135,34 +158,58 @@ def float_names(source: Source) -> tuple[dict[str, str], list[Problem]]:
     return sites, problems
 
 
-def _like_names(source: Source, like: Like) -> tuple[dict[str, str], dict[str, torch.dtype]]:
-    """Float name -> source key as `like` has them, and the dtypes that `like` knows."""
-    schema, evidence = _like_schema(like)
-    found = match(source.schema, schema, evidence=evidence)
-    plan = join(source.schema, schema, found, names=(source.checkpoint.name, "like="))
-    # a captured tensor has no place in the float layout; every other leftover is a problem that `join` reports
+def _layout_of(source: Source, like: Like) -> _Layout:
+    """The layout of `like`, filled from the source."""
+    side, evidence = _like_source(like)
+    found = match(source.schema, side.schema, evidence=evidence)
+    known = side.description.view.slots if side.description is not None else {}
+    plan = join(
+        source.schema,
+        side.schema,
+        found,
+        ties={key: slot.keys for key, slot in known.items() if len(slot.keys) > 1},
+        alias=source.checkpoint.alias,
+        names=(source.checkpoint.name, "like="),
+    )
+    if source.description is None and source.schema.framework in ("fx", "pt2e"):
+        # a graph module saves every tensor that it captured, and like= says which of them the float model saves
+        extra = [problem for problem in plan.problems if problem.kind is ProblemKind.UNEXPECTED]
+        plan = replace(plan, problems=tuple(problem for problem in plan.problems if problem not in extra))
+        captured = tuple(f"{problem.key} is not in like=: taken for a tensor that the tracer captured" for problem in extra)
+    else:
+        captured = ()
     if not plan.ok:
         raise PlanError(plan.problems, file=source.checkpoint.name)
-    names = {step.key: step.source for step in plan.steps if isinstance(step, Copy)}
-    return names, {key: schema[key].dtype for key in names if schema[key].shape != UNKNOWN}
+    names: dict[str, str | None] = {}
+    absent: list[str] = []
+    for step in plan.steps:
+        if isinstance(step, Copy):
+            names[step.key] = step.source
+        elif isinstance(step, Keep):
+            names[step.key] = None
+            absent.append(step.key)
+    only_names = any(entry.shape == UNKNOWN for entry in side.schema.values())
+    notes = tuple(f"{key} is not in the source: taken from like=, or 0" for key in shorten(collapse(absent), 4))
+    notes += captured
+    if only_names:
+        return _Layout(names, notes=notes)
+    return _Layout(names, {key: side.schema[key].dtype for key in names}, side.checkpoint, notes)
 
 
-def _like_schema(like: Like) -> tuple[Schema, list[Evidence]]:
+def _like_source(like: Like) -> tuple[Source, list[Evidence]]:
     if isinstance(like, nn.Module):
-        description = describe_model(like)
-        if description.quantizers:
+        side = open_any(like)
+        if side.description is not None and side.description.quantizers:
             raise CompatError(
-                "like= is a prepared model", key="like", expected="the float model", found=description.schema.framework
+                "like= is a prepared model", key="like", expected="the float model", found=side.schema.framework
             )
         hosts = [p for p, m in like.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and p]
         chains = followers(like, hosts, [], lambda module: isinstance(module, _BatchNorm))
-        return description.schema, [Evidence({h: c[:1] for h, c in chains.items()}, "trace of the float model")]
+        return side, [Evidence({h: c[:1] for h, c in chains.items()}, "trace of the float model")]
     if isinstance(like, (str, PathLike, Mapping)):
-        schema = open_any(like).schema
-        return replace(schema, places=frozenset()), []
-    keys = [str(key) for key in like]
-    unknown = {key: _unknown_entry(key) for key in keys}
-    return Schema(unknown), []
+        return open_any(like), []
+    unknown = {str(key): _unknown_entry(str(key)) for key in like}
+    return Source(Checkpoint({}, {}.__getitem__, name="like="), Schema(unknown)), []
 
 
 def _unknown_entry(key: str) -> Entry:

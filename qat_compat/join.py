@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -65,6 +65,8 @@ def join(
     ties: Mapping[str, Sequence[str]] | None = None,
     goal: Goal | None = None,
     ignored: Sequence[str] = (),
+    alias: Callable[[str], Hashable | None] = lambda _key: None,
+    unused: frozenset[str] = frozenset(),
     names: tuple[str, str] = ("<source>", "<target>"),
 ) -> Plan:
     """One step for every target entry and every source key left over.
@@ -77,6 +79,8 @@ def join(
         ties: Target key -> every name of the same tensor, itself included.
         goal: What the caller asks for.
         ignored: Source keys that the caller dropped; `source` does not hold them any more.
+        alias: What source keys have in common that are one tensor.
+        unused: Float names that the float model holds, whether or not the target does.
         names: Source and target, for the text.
     """
     draft = _Draft(source, target, goal or Goal())
@@ -93,7 +97,7 @@ def join(
         draft.dropped[key] = Drop(key, "asked for by drop=")
     _float_entries(draft, found, ties or {})
     _quantizer_entries(draft, quantizers)
-    _leftovers(draft, found.contested)
+    _leftovers(draft, found, alias, unused)
     ordered = [draft.steps[key] for key in target if key in draft.steps]
     return Plan(
         (*ordered, *draft.dropped.values()),
@@ -125,7 +129,6 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
 
 def _float_entries(draft: _Draft, found: Match, ties: Mapping[str, Sequence[str]]) -> None:
     source, target, goal = draft.source, draft.target, draft.goal
-    ambiguous = {problem.key for problem in found.problems}
     kept_globs = set(goal.keep)
     missing: list[str] = []
     for key in target.float_keys():
@@ -145,7 +148,7 @@ def _float_entries(draft: _Draft, found: Match, ties: Mapping[str, Sequence[str]
                 draft.copy(key, twin, "tied in the model")
             elif entry.optional:
                 draft.steps[key] = Keep(key, entry.optional)
-            elif not any(key == name or key.startswith(f"{name}.") for name in ambiguous):
+            elif key not in found.contested:
                 missing.append(key)
             continue
         _copy_float(draft, key, entry, pair)
@@ -378,20 +381,36 @@ def _synthesize(draft: _Draft, quantizer: Quantizer, keys: Sequence[str], reason
 # --- what nothing took ------------------------------------------------------------------------------------------------
 
 
-def _leftovers(draft: _Draft, contested: set[str]) -> None:
+def _leftovers(
+    draft: _Draft, found: Match, alias: Callable[[str], Hashable | None], unused: frozenset[str]
+) -> None:
+    """A reason for every source key that no step reads, or a problem."""
     source, target = draft.source, draft.target
-    hidden_buffers = target.non_persistent | {canonical(name) for name in target.non_persistent}
+    hidden = target.non_persistent | {canonical(name) for name in target.non_persistent}
+    used_memory = {alias(key): key for key in draft.used}
+    filled_sites = {source[origin].site for origin, _ in found.pairs.values() if origin in source}
     for key, entry in source.items():
-        if key in draft.used or key in draft.dropped or key in contested:
+        if key in draft.used or key in draft.dropped or key in found.contested:
             continue
+        parent, leaf = split_path(entry.site)
+        twin = used_memory.get(alias(key)) if alias(key) is not None else None
+        reason = ""
         if entry.quantizer:
-            draft.dropped[key] = Drop(key, "state of a quantizer that the target does not have")
-        elif entry.site in hidden_buffers or canonical(entry.site) in hidden_buffers:
-            draft.dropped[key] = Drop(key, "the target has it as a non-persistent buffer")
+            reason = "state of a quantizer that the target does not have"
+        elif entry.site in hidden or canonical(entry.site) in hidden:
+            reason = "the target has it as a non-persistent buffer"
+        elif twin is not None:
+            reason = f"the same tensor as {twin}"
+        elif leaf == "num_batches_tracked" and join_path(parent, "running_mean") in filled_sites:
+            reason = "the target's normalization does not count batches"
         elif canonical(key) == "n_averaged":
-            draft.dropped[key] = Drop(key, "the counter of an averaged model")
+            reason = "the counter of an averaged model"
         elif entry.role is Role.CONSTANT or entry.optional:
-            draft.dropped[key] = Drop(key, entry.optional or "fixed by a quantizer's definition")
+            reason = entry.optional or "fixed by a quantizer's definition"
+        elif entry.site in unused or canonical(entry.site) in unused:
+            reason = "the prepared graph does not use it (float_model=)"
+        if reason:
+            draft.dropped[key] = Drop(key, reason)
         else:
             detail = f"{entry.spec} is in the source and the target has no place for it"
             remedy = f"rename= maps it to another name, drop={key!r} ignores it"

@@ -8,11 +8,12 @@ convention, where it is a complete bijection. Never position. Two answers left i
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
-from qat_compat.schema import UNKNOWN, Fused, Schema, Spec
+from qat_compat.schema import UNKNOWN, Fused, Schema, Spec, Stage
 from qat_compat.state import join_path, split_path
 
 __all__ = ["Evidence", "Match", "Rename", "canonical", "match", "resolve_alone"]
@@ -24,8 +25,8 @@ Rename = Sequence[tuple[str, str]]
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_prepared", "model"}
 )
-_NORM_WORDS = re.compile(r"batch_?norm(alization)?|normalization|norm|bn")
-_HOST_WORDS = re.compile(r"convolution|conv|linear|dense|lin|fc")
+# words that a naming convention puts in the place of each other: `conv1`/`bn1`, `conv_a`/`norm_a`, `expand`/`expand_bn`
+_CONVENTION = re.compile(r"_?(?:convolution|conv|linear|lin|dense|fc|batch_?norm(?:alization)?|normalization|norm|bn)(?![a-z])_?")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Match:
         pairs: target key -> (source key, witness).
         norms: prefix of a fused normalization -> (its float module path, witness).
         problems: Ambiguities and collisions.
-        contested: Source keys that a problem names already.
+        contested: Keys of either side that a problem names already.
         notes: Where witnesses disagreed.
     """
 
@@ -99,6 +100,7 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
     matcher.by_key()
     matcher.by_form(str, "same site")
     matcher.by_form(canonical, "wrapper prefix")
+    matcher.by_unprepared_fusion()
     matcher.by_fusion(evidence)
     matcher.by_common_prefix()
     return matcher.found
@@ -131,6 +133,7 @@ class _Matcher:
     def _ambiguous(self, key: str, detail: str, remedy: str, origins: Iterable[str]) -> None:
         self.found.problems.append(Problem(ProblemKind.AMBIGUOUS, key, detail, remedy))
         self.found.contested.update(origins)
+        self.found.contested.add(key)
 
     def _take(self, key: str, origin: str, witness: str) -> None:
         self.found.pairs[key] = (origin, witness)
@@ -169,6 +172,16 @@ class _Matcher:
                     detail = f"{_either(keys)} could all be {origins[0]}"
                 self._ambiguous(key, detail, "name the right one with rename=, or drop= the other", origins)
 
+    def by_unprepared_fusion(self) -> None:
+        """A fused module that was not prepared keeps its parts as children: its first child is the host itself."""
+        wanted = {self.target[key].site: key for key in self.wanted}
+        for key in list(self.free):
+            parent, leaf = split_path(self._source_site(key))
+            host, child = split_path(parent)
+            key_there = wanted.get(join_path(host, leaf))
+            if child == "0" and key_there is not None and self.source.stage is Stage.PREPARED:
+                self._take(key_there, key, "first part of a fused module")
+
     def by_fusion(self, evidence: Sequence[Evidence]) -> None:
         """Pair normalizations that fusion renamed on one side with modules of the other side that nothing has taken."""
         self._by_fusion(self.target, self.wanted, self.source, self.free, self._source_site, evidence)
@@ -195,7 +208,7 @@ class _Matcher:
             for path, tensors in modules.items()
             if "weight" in tensors or "running_mean" in tensors
         }
-        for prefix, (path, witness) in _choose(groups, pool, evidence, self.found).items():
+        for prefix, (path, witness) in _choose(groups, pool, modules, evidence, self.found).items():
             self.found.norms[prefix] = (path, witness)
             for leaf, key in modules[path].items():
                 own = join_path(prefix, leaf)
@@ -234,6 +247,7 @@ def _either(names: Iterable[str]) -> str:
 def _choose(
     groups: Sequence[Fused],
     pool: Mapping[str, Mapping[str, Spec]],
+    keys_of: Mapping[str, Mapping[str, str]],
     evidence: Sequence[Evidence],
     found: Match,
 ) -> dict[str, tuple[str, str]]:
@@ -262,9 +276,13 @@ def _choose(
         left = [p for p in left if p not in {path for path, _ in chosen.values()}]
         if len(left) > 1:
             detail = f"the normalization fused into {group.host} could be {_either(left[:6])}"
-            remedy = "pass float_model= (or like= the float model, for to_float): its trace tells which"
+            remedy = (
+                "pass float_model= (like= the float model, for to_float), whose trace tells which,"
+                f" or rename= one of them to {group.prefix}"
+            )
             found.problems.append(Problem(ProblemKind.AMBIGUOUS, group.prefix, detail, remedy))
-            found.contested.update(join_path(path, leaf) for path in left for leaf in pool[path])
+            found.contested.update(join_path(group.prefix, leaf) for leaf in group.tensors)
+            found.contested.update(key for path in left for key in keys_of[path].values())
     return chosen
 
 
@@ -335,16 +353,16 @@ def _by_elimination(
     return left
 
 
-def _skeleton(path: str, words: re.Pattern[str]) -> str:
-    return words.sub("#", canonical(join_path(path.lower(), "_")))
+def _skeleton(path: str) -> str:
+    return ".".join(_CONVENTION.sub("", part) for part in canonical(join_path(path.lower(), "_")).split("."))
 
 
 def _conventional(host: str) -> set[str]:
     """Skeletons of the names that a normalization after `host` has by convention."""
-    forms = {_skeleton(host, _HOST_WORDS)}
+    forms = {_skeleton(host)}
     parent, leaf = split_path(host)
     if leaf.isdigit():
-        forms.add(_skeleton(join_path(parent, str(int(leaf) + 1)), _HOST_WORDS))
+        forms = {_skeleton(join_path(parent, str(int(leaf) + 1)))}
     return forms
 
 
@@ -354,7 +372,7 @@ def _by_convention(
     """Settle groups by name (`conv1`/`bn1`, `0`/`1` in a Sequential), if every one of them finds exactly one partner."""
     by_skeleton: dict[str, list[str]] = {}
     for path in pool:
-        by_skeleton.setdefault(_skeleton(path, _NORM_WORDS), []).append(path)
+        by_skeleton.setdefault(_skeleton(path), []).append(path)
     settled: dict[str, str] = {}
     for group in groups:
         partners = {p for form in _conventional(group.host) for p in by_skeleton.get(form, [])}
@@ -374,8 +392,18 @@ def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
     """
     found = Match()
     silent: list[Fused] = []
+    claims = Counter(path for group in schema.fused for path in group.candidates)
     for group in schema.fused:
+        if not group.certain:
+            remedy = "pass like= (the float model, its state_dict, a path or its keys)"
+            detail = f"{group.host} is either a fused pair that was not prepared or a Sequential of the float model"
+            found.problems.append(Problem(ProblemKind.AMBIGUOUS, group.prefix, detail, remedy))
+            continue
         spoken, witness = _spoken(group, evidence, found)
+        if len(spoken) > 1 and all(claims[path] == 1 for path in spoken):
+            # an identity of the model's own stands beside the emptied place; no other norm can be meant by either
+            named = [path for path in spoken if _skeleton(path) in _conventional(group.host)]
+            spoken = tuple(named) if len(named) == 1 else spoken
         if len(spoken) == 1:
             found.norms[group.prefix] = (spoken[0], witness)
         elif spoken:

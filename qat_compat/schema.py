@@ -108,6 +108,8 @@ class Fused:
         tensors: Names of what it holds (`weight`, `running_mean`, ...).
         candidates: Float module paths that the flow's own record allows; empty where the record is silent.
         witness: What the candidates rest on.
+        certain: Whether it is known that fusion took place; from keys alone, `conv.0` and `conv.1` may be a fused pair that was
+            not prepared, or a Sequential of the float model's own.
     """
 
     prefix: str
@@ -116,6 +118,7 @@ class Fused:
     tensors: tuple[str, ...]
     candidates: tuple[str, ...] = ()
     witness: str = ""
+    certain: bool = True
 
 
 @dataclass(frozen=True)

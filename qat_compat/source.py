@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qat_compat.errors import CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Schema
-from qat_compat.state import split_path
+from qat_compat.state import memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
 
 __all__ = ["Source", "SourceLike", "hidden_state", "open_any"]
@@ -76,7 +76,8 @@ def _from_module(model: nn.Module) -> Source:
     }
     name = f"<{type(model).__name__}>"
     specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
-    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name)
+    alias = {key: memory_of(value) for key, value in tensors.items()}.get
+    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, alias=alias)
     checkpoint.framework, checkpoint.stage = description.schema.framework, description.schema.stage.value
     schema = description.schema
     return Source(checkpoint, schema, description)

@@ -6,13 +6,13 @@ keeps its own name -> tensor map.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Slot", "collect_slots", "extra_state_keys", "join_path", "modules_of", "split_path"]
+__all__ = ["Slot", "collect_slots", "extra_state_keys", "join_path", "memory_of", "modules_of", "split_path"]
 
 
 def join_path(*parts: str) -> str:
@@ -45,14 +45,18 @@ class Slot:
         owners: The `(module, attribute)` pairs that hold it, in the same order as `keys`.
         is_parameter: Parameter or buffer.
         persistent: Whether the state_dict holds it.
-        tensor: The tensor object itself.
+        tensors: The tensor objects, more than one where different objects share one memory.
     """
 
     keys: tuple[str, ...]
     owners: tuple[tuple[nn.Module, str], ...]
     is_parameter: bool
     persistent: bool
-    tensor: Tensor
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.tensors[0]
 
     @property
     def key(self) -> str:
@@ -75,35 +79,42 @@ def collect_slots(model: nn.Module) -> dict[str, Slot]:
         >>> list(slots), slots["0.weight"] is slots["1.weight"]
         (['0.weight', '1.weight'], True)
     """
-    names: dict[int, list[str]] = {}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    tensors: dict[int, Tensor] = {}
-    persistent: dict[int, bool] = {}
-    order: list[tuple[str, int]] = []
+    found: dict[Hashable, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
+    order: list[tuple[str, Hashable]] = []
     for path, module in modules_of(model):
         own: list[tuple[str, Tensor | None, bool]] = [(n, p, True) for n, p in module._parameters.items()]
         own += [(n, b, n not in module._non_persistent_buffers_set) for n, b in module._buffers.items()]
         for name, tensor, kept in own:
-            if tensor is None:
-                continue
-            ident = id(tensor)
-            key = join_path(path, name)
-            tensors[ident] = tensor
-            names.setdefault(ident, []).append(key)
-            owners.setdefault(ident, []).append((module, name))
-            persistent[ident] = persistent.get(ident, False) or kept
-            order.append((key, ident))
+            if tensor is not None:
+                key, ident = join_path(path, name), memory_of(tensor)
+                found.setdefault(ident, []).append((key, module, name, tensor, kept))
+                order.append((key, ident))
     slots = {
         ident: Slot(
-            tuple(names[ident]),
-            tuple(owners[ident]),
-            isinstance(tensor, nn.Parameter),
-            persistent[ident],
-            tensor,
+            tuple(key for key, *_ in rows),
+            tuple((module, name) for _, module, name, _, _ in rows),
+            isinstance(rows[0][3], nn.Parameter),
+            any(kept for *_, kept in rows),
+            tuple({id(tensor): tensor for _, _, _, tensor, _ in rows}.values()),
         )
-        for ident, tensor in tensors.items()
+        for ident, rows in found.items()
     }
     return {key: slots[ident] for key, ident in order}
+
+
+def memory_of(tensor: Tensor) -> Hashable:
+    """What two tensors have in common exactly when they are the same view of the same memory.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.zeros(2, 2)
+        >>> memory_of(weight) == memory_of(weight.detach()), memory_of(weight) == memory_of(weight[0])
+        (True, False)
+    """
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)
+    storage = tensor.untyped_storage()
+    return storage._cdata, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def extra_state_keys(model: nn.Module) -> dict[str, nn.Module]:

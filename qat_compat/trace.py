@@ -16,31 +16,63 @@ from qat_compat.state import join_path, split_path
 
 __all__ = ["Passes", "followers", "watch_followers"]
 
+_MOST_CONDITIONS = 256  # a loop on a traced value would otherwise never end
+
 Passes = Callable[[nn.Module], bool]
 
 
 class _LeafTracer(torch.fx.Tracer):
-    """Records calls of modules that hold no other module of the model's own; never enters the given leaves."""
+    """Records calls of modules that hold no other module of the model's own; never enters the given leaves.
 
-    def __init__(self, leaves: frozenset[int]) -> None:
+    Args:
+        leaves: `id` of the modules not to enter.
+        branch: What a condition on a traced value is taken to be; None refuses to trace it. A call that is seen under either
+            answer is a call that the model makes.
+    """
+
+    def __init__(self, leaves: frozenset[int], branch: bool | None) -> None:
         super().__init__()
         self._leaves = leaves
+        self._branch = branch
+        self._conditions = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
 
+    def to_bool(self, obj: torch.fx.Proxy) -> bool:
+        self._conditions += 1
+        if self._branch is None or self._conditions > _MOST_CONDITIONS:
+            return super().to_bool(obj)
+        return self._branch
 
-def _trace(root: nn.Module, leaves: frozenset[int]) -> torch.fx.Graph | None:
-    """The graph of module calls of `root`, or None where it cannot be traced; leaves the module's attributes as they were."""
-    attributes = [(module, dict(module.__dict__)) for module in root.modules()]
-    try:
-        return _LeafTracer(leaves).trace(root)
-    except Exception:  # tracing runs the user's forward with proxies: any error at all means "cannot be traced"
-        return None
-    finally:
-        for module, saved in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(saved)
+
+def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
+    """The graphs of module calls of `root`, one per way through it; the module's attributes are as they were."""
+    found: list[torch.fx.Graph] = []
+    for branch in (None, True, False):
+        attributes = [(module, dict(module.__dict__)) for module in root.modules()]
+        try:
+            found.append(_LeafTracer(leaves, branch).trace(root))
+        except Exception:  # tracing runs the user's forward with proxies: any error at all means "cannot be traced"
+            continue
+        finally:
+            for module, saved in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(saved)
+        if branch is None:
+            break
+    return found
+
+
+def _merged(chains: Iterable[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
+    """What several graphs say; where two of them speak of one host, what both say."""
+    found: dict[str, tuple[str, ...]] = {}
+    for one in chains:
+        for host, chain in one.items():
+            known = found.get(host)
+            found[host] = chain if not known or not chain else tuple(path for path in known if path in chain)
+            found[host] = found[host] or known or ()
+    return found
 
 
 def _chains(graph: torch.fx.Graph, hosts: set[str], passing: set[str]) -> dict[str, tuple[str, ...]]:
@@ -100,10 +132,8 @@ def followers(
     modules = dict(model.named_modules())
     passing = {path for path, module in modules.items() if passes(module)}
     leaf_ids = frozenset(map(id, leaves)) | {id(modules[path]) for path in passing}
-    found: dict[str, tuple[str, ...]] = {}
-    graph = _trace(model, leaf_ids)
-    if graph is not None:
-        found = _chains(graph, wanted, passing)
+    graphs = _trace(model, leaf_ids)
+    found = _merged(_chains(graph, wanted, passing) for graph in graphs)
     by_parent: dict[str, set[str]] = {}
     for host in wanted - {host for host, chain in found.items() if chain}:
         by_parent.setdefault(split_path(host)[0], set()).add(host)
@@ -113,15 +143,10 @@ def followers(
             continue
         if type(module) is nn.Sequential:
             found.update(_sequential_chains(parent, module, inside, passing))
-        elif graph is None:
-            local_graph = _trace(module, leaf_ids)
-            if local_graph is None:
-                continue
-            local = _chains(
-                local_graph,
-                {split_path(host)[1] for host in inside},
-                {path[len(parent) + 1 :] if parent else path for path in passing if path.startswith(parent)},
-            )
+        elif parent and not graphs:
+            names = {split_path(host)[1] for host in inside}
+            below = {path[len(parent) + 1 :] for path in passing if path.startswith(f"{parent}.")}
+            local = _merged(_chains(graph, names, below) for graph in _trace(module, leaf_ids))
             for host, chain in local.items():
                 found[join_path(parent, host)] = tuple(join_path(parent, path) for path in chain)
     return {host: chain for host, chain in found.items() if chain}

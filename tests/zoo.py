@@ -394,15 +394,18 @@ class Fixed(nn.Module):
 
 
 class Dynamic(nn.Module):
-    """Takes a branch by the data, so that no tracer can follow; the convention of names is of no help."""
+    """Takes a branch by the data, so that no tracer can follow, and its names follow no convention.
 
-    def __init__(self) -> None:
+    Which BN is whose can be told by their channels, if these differ, and by data.
+    """
+
+    def __init__(self, last: int) -> None:
         super().__init__()
         self.entry = nn.Conv2d(3, 4, 3, padding=1)
-        self.b = nn.BatchNorm2d(4)
-        self.exit = nn.Conv2d(4, 4, 3, padding=1)
+        self.b = nn.BatchNorm2d(last)
+        self.exit = nn.Conv2d(4, last, 3, padding=1)
         self.a = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 2)
+        self.fc = nn.Linear(last, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.a(self.entry(x)))
@@ -573,7 +576,8 @@ _OWN = [
     _arch("functional", Functional, _images(), fuse=(("right", "right_bn"),)),
     _arch("unet", UNet, _images(), fuse=_DOUBLE),
     _arch("fixed", Fixed, _vector(6)),
-    _arch("dynamic", Dynamic, _images(), fuse=(("entry", "a"), ("exit", "b"))),
+    _arch("dynamic", lambda: Dynamic(4), _images(), fuse=(("entry", "a"), ("exit", "b"))),
+    _arch("dynamic_channels", lambda: Dynamic(6), _images(), fuse=(("entry", "a"), ("exit", "b"))),
     _arch("partial", Partial, _images(), fuse=(("backbone.0", "backbone.1", "backbone.2"),), skip=("head",)),
     _arch("stubs", Stubs, _images(), fuse=(("conv", "bn"),)),
     _arch("sequential", _sequential, _images(), fuse=(("0", "1", "2"), ("3", "4"))),

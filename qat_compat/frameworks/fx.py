@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import KeyView, ModelView
 from qat_compat.frameworks.torch_ao import FakeQuant, TorchAO, is_fake_quant, is_observer
+from qat_compat.schema import Role, Schema
 from qat_compat.state import join_path, split_path
 
 _NUMBERED = re.compile(r"(?:^|\.)activation_post_process_\d+\.")
+
+_CONSTANT = re.compile(r"(?:^|\.)(?:_tensor_constant|_?lifted_tensor_(?:constant)?|_torchbind_obj)\d+$")
+_CAPTURED = "a tensor that the tracer captured: not in the float model's state_dict"
 
 __all__ = ["FX", "graphs_of", "is_exported"]
 
@@ -99,6 +103,14 @@ class FX(TorchAO):
 
     def owns_keys(self, view: KeyView) -> bool:
         return any(_NUMBERED.search(key) for key in view.specs)
+
+    def describe_keys(self, view: KeyView) -> Schema:
+        schema = super().describe_keys(view)
+        entries = {
+            key: replace(entry, role=Role.CONSTANT, optional=_CAPTURED) if _CONSTANT.search(key) else entry
+            for key, entry in schema.items()
+        }
+        return replace(schema, entries=entries, _by_quantizer={})
 
     def _quantizer(self, view: ModelView, names: tuple[str, ...], module: nn.Module) -> FakeQuant:
         parent, leaf = split_path(names[0])
@@ -201,7 +213,7 @@ class FX(TorchAO):
                     key = join_path(path, str(node.target))
                     slot = view.slots.get(key)
                     if slot is not None and not slot.is_parameter and not _is_statistic(key):
-                        found[key] = "a tensor that the tracer captured: not in the float model's state_dict"
+                        found[key] = _CAPTURED
         return found
 
 

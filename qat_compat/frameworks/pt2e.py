@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import KeyView, ModelView
 from qat_compat.frameworks.fx import FX, graphs_of, is_exported
+from qat_compat.schema import Entry, Fused
 from qat_compat.state import split_path
 
 __all__ = ["PT2E"]
@@ -40,7 +41,11 @@ class PT2E(FX):
         return any(is_exported(module) for module in graphs_of(view).values())
 
     def owns_keys(self, view: KeyView) -> bool:
-        return False  # from its keys alone a file of this flow reads like one of FX
+        """Every quantizer is numbered, those of weights too; in FX they stay with their modules."""
+        return super().owns_keys(view) and not any(".weight_fake_quant." in key for key in view.specs)
+
+    def _perhaps_fused(self, entries: Mapping[str, Entry]) -> list[Fused]:
+        return []  # this flow renames nothing
 
     def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
         return {}

@@ -366,11 +366,28 @@ class TorchAO(Framework):
                 norms.setdefault(parent, {})[leaf] = spec
         ordered = {key: entries[key] for key in view.specs}
         places = tensorless_places(view)
-        fused = tuple(
-            Fused(prefix, split_path(prefix)[0], max(s.shape[0] for s in t.values() if s.shape), tuple(t))
-            for prefix, t in norms.items()
-        )
-        return Schema(ordered, self.name, Stage.PREPARED, fused, places)
+        fused = [self._fused_keys(prefix, split_path(prefix)[0], tensors, True) for prefix, tensors in norms.items()]
+        fused += self._perhaps_fused(ordered)
+        return Schema(ordered, self.name, Stage.PREPARED, tuple(fused), places)
+
+    @staticmethod
+    def _fused_keys(prefix: str, host: str, tensors: Mapping[str, Spec], certain: bool) -> Fused:
+        channels = max(spec.shape[0] for spec in tensors.values() if spec.shape)
+        return Fused(prefix, host, channels, tuple(tensors), certain=certain)
+
+    def _perhaps_fused(self, entries: Mapping[str, Entry]) -> list[Fused]:
+        """`conv.0` and `conv.1` without quantizers: fused and not prepared, or a Sequential; the keys do not tell."""
+        norms: dict[str, dict[str, Spec]] = {}
+        for key, entry in entries.items():
+            parent, leaf = split_path(key)
+            host, child = split_path(parent)
+            if child == "1" and not entry.quantizer and join_path(host, "0", "weight") in entries:
+                norms.setdefault(parent, {})[leaf] = entry.spec
+        return [
+            self._fused_keys(prefix, split_path(prefix)[0], tensors, False)
+            for prefix, tensors in norms.items()
+            if "running_mean" in tensors and not _is_quantized(entries, join_path(split_path(prefix)[0], "0"))
+        ]
 
     @staticmethod
     def _float_site(key: str, view: KeyView, hosts: set[str]) -> str:
@@ -379,6 +396,10 @@ class TorchAO(Framework):
         if parent in hosts and leaf in _OLD_BN_LEAVES and join_path(parent, "weight") in view.specs:
             return join_path(parent, "bn", _OLD_BN_LEAVES[leaf])
         return key
+
+
+def _is_quantized(entries: Mapping[str, Entry], path: str) -> bool:
+    return any(join_path(path, "weight_fake_quant", leaf) in entries for leaf in ("scale", "fake_quant_enabled"))
 
 
 def is_empty_place(module: nn.Module) -> bool:

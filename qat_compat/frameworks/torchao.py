@@ -81,10 +81,16 @@ class IntxQuantizer(Quantizer):
         scale = getattr(self.module, "scale", None)
         if self.needs is Needs.NOTHING or not isinstance(scale, Tensor):
             return
-        bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
+        # a learnt scale may have been trained below zero, which torchao itself accepts: see `findings`
+        bad = int((~torch.isfinite(scale) | ((scale <= 0) & (not self.learns))).sum())
         if bad:
             detail = f"{bad} of {scale.numel()} scales are not finite and positive"
             yield Problem(ProblemKind.INVALID, f"{self.name}.scale", detail, "calibrate this quantizer anew")
+
+    def findings(self) -> Iterable[str]:
+        scale = getattr(self.module, "scale", None)
+        if self.learns and isinstance(scale, Tensor) and bool((scale <= 0).any()):
+            yield f"{self.name}: {int((scale <= 0).sum())} of {scale.numel()} learnt scales are not positive"
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
         return {join_path(self._host_path, "weight"): self._quantized} if self._is_weight else {}
@@ -104,6 +110,8 @@ class IntxQuantizer(Quantizer):
         module: Any = self.module
         module._initialized = True
         setattr(module, leaf, nn.Parameter(value) if self.learns and value.is_floating_point() else value)
+        if leaf == "scale" and module.zero_point is None:
+            module.zero_point = torch.zeros_like(value, dtype=module.config.zero_point_precision)
 
 
 def _weight_of(host: nn.Module) -> Tensor:
@@ -148,6 +156,8 @@ class TorchAOQAT(Framework):
             precision = getattr(module.config, f"{leaf}_precision", torch.float32)
             dtype = value.dtype if isinstance(value, Tensor) else precision
             key = join_path(quantizer.name, leaf)
+            if role is Role.ZERO_POINT and module.config.range_learning and module.config.is_symmetric:
+                role = Role.CONSTANT  # always 0, and never saved
             yield key, Entry(quantizer.site, role, shape, dtype, quantizer.name, leaf, hidden=True)
 
     def owns_keys(self, view: KeyView) -> bool:

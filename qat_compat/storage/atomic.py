@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -41,16 +42,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], *, backup: b
     try:
         target = Path(os.path.realpath(path))
         mode = _mode_of(target)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        temporary = target.with_name(f".qat_compat-{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             # The mode is subject to the umask, as for any new file.
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             with os.fdopen(descriptor, "w+b", buffering=_BUFFER) as stream:
                 write(stream)
                 stream.flush()
-                if mode is not None:
-                    os.fchmod(stream.fileno(), mode)
                 os.fsync(stream.fileno())
+            if mode is not None:
+                temporary.chmod(mode)
             if backup and mode is not None:
                 _keep(target)
             temporary.replace(target)
@@ -58,15 +59,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], *, backup: b
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
             raise
-        _sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SaveError(
             "the file could not be written",
             file=path,
             expected="a folder that exists, may be written to and has space",
-            found=f"[errno {error.errno}] {error.strerror or error}",
+            found=f"[errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error,
             remedy="free space or choose another place; what stood there before is unchanged",
         ) from error
+    _sync_folder(target.parent)
     return target
 
 
@@ -85,7 +86,7 @@ def _mode_of(target: Path) -> int | None:
             remedy="choose another name",
         )
     if not os.access(target, os.W_OK):
-        raise PermissionError(13, "Permission denied: the existing file is read-only", str(target))
+        raise PermissionError(errno.EACCES, "Permission denied: the existing file is read-only", str(target))
     return stat.S_IMODE(state.st_mode)
 
 
@@ -102,12 +103,24 @@ def _keep(target: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copy2(target, dated)
         return
-    raise FileExistsError(17, "too many backups of the same second", str(target))
+    raise FileExistsError(errno.EEXIST, "too many backups of the same second", str(target))
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Bring the rename to the disk, on systems that can do that for a folder."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            return
+        raise SaveError(
+            "the new file is in place, but its folder could not be brought to the disk",
+            file=folder,
+            expected="a disk without faults",
+            found=f"[errno {error.errno}] {error.strerror}",
+            remedy="check the disk; a power loss now may bring the old file back",
+        ) from error

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from qat_compat.errors import CheckpointError, LimitError
-from qat_compat.storage.lazy import HeldTensor, LazyTensor
+from qat_compat.storage.lazy import HeldTensor, LazyTensor, LazyTensors
 from qat_compat.storage.plain import plain
-from qat_compat.storage.standins import NumpyArray, Opaque, Unreadable
+from qat_compat.storage.standins import OWN, NumpyArray, Opaque, Unreadable
 
-__all__ = ["Weights", "has_tensors", "is_weights", "weights_of"]
+__all__ = ["Weights", "has_tensors", "is_weights", "split_own", "weights_of"]
 
 _MAX_MODULE_DEPTH = 128
 
@@ -186,6 +186,24 @@ def _no_tensor(key: str, value: object) -> CheckpointError:
         found=value.cls if isinstance(value, Opaque) else type(value).__name__,
         remedy="save `model.state_dict()` where the model's own code is installed",
     )
+
+
+def split_own(versions: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Take what this package wrote out of the `_metadata` of a state_dict: versions, record, training state."""
+    root = versions.get("", {})
+    own = root.get(OWN)
+    if not isinstance(own, dict):
+        return plain(versions), {}, {}
+    rest = {path: entry for path, entry in versions.items() if path}
+    if len(root) > 1:
+        rest = {"": {name: value for name, value in root.items() if name != OWN}, **rest}
+    record = dict(own)
+    hidden, metadata = record.pop("hidden", None), record.pop("metadata", None)
+    record = plain(record)
+    if isinstance(hidden, dict):
+        tensors = {str(key): tensor for key, value in hidden.items() if (tensor := _tensor(value)) is not None}
+        record["hidden"] = LazyTensors(tensors)
+    return plain(rest), record, plain(metadata) if isinstance(metadata, dict) else {}
 
 
 def _versions(metadata: object) -> dict[str, Any]:

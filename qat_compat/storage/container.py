@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qat_compat.storage.archive import Archive
 from qat_compat.storage.mapped import MappedFile
 
 __all__ = ["Container", "Opened", "Source"]
@@ -29,6 +31,11 @@ class Source:
         self.is_folder = path.is_dir()
         self._file = None if self.is_folder else MappedFile(path)
         self.head = self._file.read(0, min(_HEAD, self._file.size)) if self._file else b""
+
+    @cached_property
+    def archive(self) -> Archive:
+        """The ZIP archive that the file is."""
+        return Archive(self.file)
 
     @property
     def file(self) -> MappedFile:

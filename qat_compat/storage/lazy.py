@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from qat_compat.storage.qtensor import Quantizer, rebuild_quantized
 __all__ = ["HeldTensor", "LazyTensor", "LazyTensors", "Storage", "StoredTensor", "check_extent", "element_size"]
 
 _MAX_DIMENSIONS = 64
+_MAX_SIZE = 1 << 62
 _MAX_EXPANSION = 64 << 20  # bytes that an expanded (stride 0) tensor may claim beyond what its storage holds
 
 
@@ -140,11 +140,12 @@ class StoredTensor(LazyTensor):
             raw = raw.view(-1, part).flip(1).reshape(-1)
         elif raw.numel() and raw.data_ptr() % size:
             raw = raw.clone()  # formats without alignment: kernels expect addresses that fit the element
+        offset = self.offset + raw.storage_offset() // size  # offsets count from the memory's begin, not from the view's
         if self.quantizer is not None:
-            return rebuild_quantized(raw, dtype, self.spec.shape, self.stride, self.offset, self.quantizer)
+            return rebuild_quantized(raw, dtype, self.spec.shape, self.stride, offset, self.quantizer)
         # A storage may end in a part of an element (it was made of bytes); the view never reaches it.
         values = raw[: raw.numel() // size * size].view(dtype)
-        tensor = values.as_strided(self.spec.shape, self.stride, self.offset)
+        tensor = values.as_strided(self.spec.shape, self.stride, offset)
         if self.conj:
             tensor = tensor.conj().resolve_conj()
         return torch.neg(tensor) if self.neg else tensor
@@ -188,7 +189,16 @@ def check_extent(
         CheckpointError: The view is malformed or leaves the storage.
         LimitError: Its strides blow few bytes up to very many.
     """
-    if len(shape) != len(stride) or len(shape) > _MAX_DIMENSIONS or not _all_sizes(shape, stride, (offset,)):
+    last, count = offset, 1
+    sound = type(offset) is int and 0 <= offset < _MAX_SIZE and len(shape) == len(stride) <= _MAX_DIMENSIONS
+    for size, step in zip(shape, stride, strict=False):
+        # `type`, not `isinstance`: a bool is no size. This runs for every tensor of a file.
+        if type(size) is not int or type(step) is not int or not (0 <= size < _MAX_SIZE and 0 <= step < _MAX_SIZE):
+            sound = False
+            break
+        last += (size - 1) * step
+        count *= size
+    if not sound:
         raise CheckpointError(
             "a tensor has a malformed shape",
             key=name,
@@ -196,10 +206,6 @@ def check_extent(
             found=f"size {shape!r}, stride {stride!r}, offset {offset!r}",
             remedy="the file is corrupt; get a fresh copy",
         )
-    last, count = offset, 1
-    for size, step in zip(shape, stride, strict=True):
-        last += (size - 1) * step
-        count *= size
     item = element_size(dtype)
     if count == 0:
         last = offset - 1  # an empty tensor touches nothing, but its offset still has to lie in the storage
@@ -219,7 +225,3 @@ def check_extent(
             found=f"{count * item} bytes (size {shape}, stride {stride})",
             remedy="save the tensor as it is (`tensor.contiguous()`), or do not use this file",
         )
-
-
-def _all_sizes(*groups: tuple[Any, ...]) -> bool:
-    return all(type(value) is int and 0 <= value < 2**62 for group in groups for value in group)

@@ -44,6 +44,11 @@ class Machine:
         self.position = stop
         return piece
 
+    def byte(self) -> int:
+        value = self.data[self.position]
+        self.position += 1
+        return value
+
     def number(self, layout: struct.Struct) -> Any:
         return layout.unpack(self.take(layout.size))[0]
 

@@ -39,7 +39,7 @@ class MappedFile:
         self.path = path
         try:
             # O_NONBLOCK: opening a pipe that nobody writes to returns at once instead of hanging.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
         self._close = weakref.finalize(self, os.close, self._fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from io import BytesIO
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,13 @@ _DTYPES = {
 def _matches(source: Source) -> bool:
     if not source.head.startswith(b"PK\x03\x04"):
         return False
-    names = Archive(source.file).records
+    names = source.archive.records
     return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def _open(source: Source) -> Opened:
-    archive = Archive(
-        source.file, verify=source.verify is not False
-    )  # numpy always writes the sums, and always checks them
+    archive = source.archive
+    archive.verify = source.verify is not False  # numpy always writes the sums, and always checks them
     if source.verify:
         archive.check_all()
     return Opened({name.removesuffix(".npy"): _array(archive, record) for name, record in archive.records.items()})
@@ -53,7 +53,7 @@ def _array(archive: Archive, record: Record) -> LazyTensor:
         version = npy.read_magic(stream)
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(stream)
-    except (ValueError, EOFError, SyntaxError, RecursionError, MemoryError, UnicodeError) as error:
+    except (ValueError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError, UnicodeError) as error:
         raise _bad(archive, record, "an array's header is malformed", "the header of an .npy file", error) from error
     if dtype.hasobject:
         raise UnsafeCheckpointError(

@@ -50,8 +50,11 @@ def _bytes(machine: Machine, layout: struct.Struct) -> None:
 
 
 def _tuple(machine: Machine, length: int) -> None:
-    items = [machine.pop() for _ in range(length)]
-    machine.push(tuple(reversed(items)))
+    stack = machine.stack
+    at = len(stack) - length
+    if at < (machine.marks[-1] if machine.marks else 0):
+        raise IndexError("stack underflow")
+    stack[at:] = [tuple(stack[at:])]
 
 
 def _pop_any(machine: Machine) -> None:
@@ -112,7 +115,7 @@ OPERATIONS: dict[int, Callable[[Machine], None]] = {
     ord("I"): lambda m: m.push(_integer(m.line())),
     ord("L"): lambda m: m.push(int(m.line().removesuffix(b"L"))),
     ord("J"): lambda m: m.push(m.number(_I4)),
-    ord("K"): lambda m: m.push(m.number(_U1)),
+    ord("K"): lambda m: m.push(m.byte()),
     ord("M"): lambda m: m.push(m.number(_U2)),
     0x8A: lambda m: _long(m, _U1),
     0x8B: lambda m: _long(m, _I4),
@@ -149,11 +152,11 @@ OPERATIONS: dict[int, Callable[[Machine], None]] = {
     0x91: lambda m: m.push(frozenset(check_key(item) for item in m.pop_mark())),
     # the memo
     ord("p"): lambda m: m.put(int(m.line())),
-    ord("q"): lambda m: m.put(m.number(_U1)),
+    ord("q"): lambda m: m.put(m.byte()),
     ord("r"): lambda m: m.put(m.number(_U4)),
     0x94: lambda m: m.put(len(m.memo)),
     ord("g"): lambda m: m.push(m.memo[int(m.line())]),
-    ord("h"): lambda m: m.push(m.memo[m.number(_U1)]),
+    ord("h"): lambda m: m.push(m.memo[m.byte()]),
     ord("j"): lambda m: m.push(m.memo[m.number(_U4)]),
     # globals and objects
     ord("c"): lambda m: m.look_up(_text(m.line()), _text(m.line())),

@@ -12,6 +12,7 @@ from qat_compat.storage.candidates import weights_of
 from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.locate import locate
+from qat_compat.storage.sniff import describe
 
 __all__ = ["CONTAINER"]
 
@@ -24,7 +25,7 @@ _MAX_INDEX = 100_000_000
 def _matches(source: Source) -> bool:
     if source.is_folder:
         return bool(_indexes(source.path)) or any((source.path / name).is_file() for name in _SINGLE)
-    return source.head.lstrip()[:1] == b"{" and source.path.suffix == ".json"
+    return source.head.lstrip()[:1] == b"{"
 
 
 def _open(source: Source) -> Opened:
@@ -81,13 +82,7 @@ def _open_shard(path: Path, verify: bool | None) -> Opened:
     for container in _SHARDS:
         if container.matches(source):
             return container.open(source)
-    raise _bad(
-        path,
-        None,
-        "a shard is of no known format",
-        "safetensors or a file that torch.save wrote",
-        repr(source.head[:16]),
-    )
+    raise describe(source)
 
 
 def _shard_path(index: Path, name: str) -> Path:

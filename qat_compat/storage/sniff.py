@@ -11,6 +11,8 @@ __all__ = ["describe"]
 _EXPORT = "write the weights with `torch.save(model.state_dict(), path)` or as safetensors"
 _FETCH = "the download gave something else; fetch the file itself"
 
+_LEVELDB = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"  # last bytes of a table, the form of TensorFlow's index
+
 # First bytes -> what it is, and what to do.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for", "run `git lfs pull`"),
@@ -74,13 +76,17 @@ def _file(source: Source) -> tuple[str, str]:
         if head.lstrip()[: len(signature)] == signature or head[: len(signature)] == signature:
             return what, remedy
     if head.startswith(b"PK\x03\x04"):
-        return _zip(Archive(source.file))
+        return _zip(source.archive)
     if head[4:8] == b"TFL3":
         return "a TensorFlow Lite model", _EXPORT
     if head[257:262] == b"ustar":
         return "a tar archive (NeMo, or torch before 0.2)", "unpack it, or load and save it again with a newer torch"
     if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
         return f"a plain pickle (protocol {head[1]}), not written by torch.save", _EXPORT
+    if source.file.size >= 48 and source.file.read(source.file.size - 8, 8) == _LEVELDB:
+        return "the index of a TensorFlow checkpoint", "convert the checkpoint to safetensors or .npz first"
+    if head[:3] == b"\x08\x01\x12" and b"pytorch" not in head[:64]:
+        return "a TensorFlow SavedModel", "convert it to safetensors or .npz first"
     if head[:1] == b"\x08" and (b"pytorch" in head[:64] or b"onnx" in head[:256]):
         return "an ONNX model", _EXPORT
     if not head.strip(b"\0"):

@@ -13,6 +13,7 @@ from qat_compat.schema import Spec
 from qat_compat.storage.lazy import LazyTensor, Storage
 
 __all__ = [
+    "OWN",
     "Global",
     "NumpyArray",
     "NumpyDtype",
@@ -22,6 +23,9 @@ __all__ = [
     "TypedStorage",
     "Unreadable",
 ]
+
+
+OWN = "qat_compat"  # the key under which this package writes about a file
 
 
 class Global(NamedTuple):

@@ -16,11 +16,11 @@ from qat_compat.errors import CheckpointError
 from qat_compat.storage.archive import Archive, Record
 from qat_compat.storage.archive_writer import ArchiveWriter
 from qat_compat.storage.container import Container, Opened, Source
-from qat_compat.storage.lazy import LazyTensor, LazyTensors, Storage
+from qat_compat.storage.lazy import LazyTensor, Storage
 from qat_compat.storage.mapped import MappedFile
-from qat_compat.storage.standins import StateDict, StorageType, TypedStorage
+from qat_compat.storage.standins import OWN, StorageType, TypedStorage
 from qat_compat.storage.unpickle import unpickle
-from qat_compat.storage.writing import OWN, Contents, as_memory, plain_bytes
+from qat_compat.storage.writing import Contents, as_memory, plain_bytes
 
 __all__ = ["CONTAINER", "open_region", "write"]
 
@@ -29,11 +29,11 @@ _ALIGNMENT = 64
 
 
 def _matches(source: Source) -> bool:
-    return source.head.startswith(b"PK\x03\x04") and _pickle_record(Archive(source.file)) is not None
+    return source.head.startswith(b"PK\x03\x04") and _pickle_record(source.archive) is not None
 
 
 def _open(source: Source) -> Opened:
-    archive = Archive(source.file)
+    archive = source.archive
     prefix = _prefix(archive)
     ours = prefix + _CHECKSUMS in archive.records
     archive.verify = bool(ours and source.verify is None)
@@ -43,8 +43,6 @@ def _open(source: Source) -> Opened:
     opened = Opened(tree)
     if source.verify and all(record.crc == 0 for record in archive.records.values() if record.size):
         opened.notes = ("the file was written without checksums: nothing to verify",)
-    if isinstance(tree, StateDict) and isinstance(tree._metadata, dict):
-        _split_record(tree, opened)
     return opened
 
 
@@ -52,25 +50,6 @@ def open_region(file: MappedFile, start: int, end: int) -> Any:
     """The data of an archive that is a part of another file."""
     archive = Archive(file, start, end)
     return _read_pickle(archive, _prefix(archive))
-
-
-def _split_record(tree: StateDict, opened: Opened) -> None:
-    """Take what this package wrote out of the `_metadata` of a state_dict."""
-    versions = dict(tree._metadata)
-    root = dict(versions.get("", {})) if isinstance(versions.get("", {}), dict) else {}
-    own = root.pop(OWN, None)
-    if not isinstance(own, dict):
-        return
-    if root:
-        versions[""] = root
-    else:
-        versions.pop("", None)
-    tree._metadata = versions
-    opened.metadata = dict(own.pop("metadata", None) or {})
-    hidden = own.get("hidden")
-    if isinstance(hidden, dict) and all(isinstance(value, LazyTensor) for value in hidden.values()):
-        own["hidden"] = LazyTensors(hidden)
-    opened.record = own
 
 
 def _pickle_record(archive: Archive) -> Record | None:
@@ -93,10 +72,17 @@ def _prefix(archive: Archive) -> str:
 
 def _read_pickle(archive: Archive, prefix: str) -> Any:
     order = prefix + "byteorder"
-    byte_order = (
-        archive.read(archive.records[order]).decode("ascii", "replace") if order in archive.records else "little"
-    )
-    swap = byte_order != sys.byteorder
+    byte_order = archive.read(archive.records[order]) if order in archive.records else b"little"
+    if byte_order not in (b"little", b"big"):
+        raise CheckpointError(
+            "the byte order is unknown",
+            file=archive.file.path,
+            key=order,
+            expected="little or big",
+            found=repr(byte_order[:16]),
+            remedy="the file is corrupt; get a fresh copy",
+        )
+    swap = byte_order != sys.byteorder.encode()
     storages: dict[str, Storage] = {}
 
     def storage(identifier: tuple[Any, ...]) -> TypedStorage:

@@ -15,9 +15,7 @@ from qat_compat.schema import Spec
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.lazy import HeldTensor, LazyTensor
 
-__all__ = ["OWN", "Contents", "as_memory", "plain_bytes"]
-
-OWN = "qat_compat"  # the key under which this package writes about a file
+__all__ = ["Contents", "as_memory", "plain_bytes"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import qat_compat as qc
 from qat_compat.testing import assert_twin
 
 _CELLS = cells(
-    "eager-x86/" + " ".join(name for name in ARCHS if name != "bf16"),
+    # Nothing but data tells the names of "dynamic".
+    "eager-x86/" + " ".join(name for name in ARCHS if name not in ("bf16", "dynamic")),
     "eager-qnnpack/residual",
     "eager-embedding/embedding",
     "fx-x86/plain unordered crossed residual linear_bn unet fixed functional",
@@ -50,12 +51,14 @@ def test_float_again_after_training(flow: str, name: str) -> None:
     float_model = arch.make(9)
     float_model.load_state_dict(qc.to_float(model, like=arch.make(8)), strict=True)
     batch = arch.batches(seed=11)[0]
+    if name == "hf_mobilenet":
+        # 52 BNs, some with tiny variances: float32 would show nothing but rounding.
+        model, float_model, batch = model.double(), float_model.double(), {k: v.double() for k, v in batch.items()}
     with unquantized(model) as form, torch.no_grad():
         outputs = [m(**batch) if isinstance(batch, dict) else m(batch) for m in (float_model.eval(), form)]
     expected, found = (output if isinstance(output, torch.Tensor) else output[0] for output in outputs)
-    # Fused modules scale the weight and unscale the output, so that they round differently, in 52 layers one by one.
-    tolerance = 1e-3 if name == "hf_mobilenet" else 1e-4
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    # Fused modules scale the weight and unscale the output, so that they round differently.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("flow", "name"), cells("eager-x86/plain", "eager-x86/transformer", "fx-x86/plain"))

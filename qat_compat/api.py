@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -59,8 +59,8 @@ def open_checkpoint(source: SourceLike, *, select: str | None = None) -> Checkpo
 def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool = False) -> Path:
     """Write a module or state_dict so that the old file or the new one is there at any moment, never neither.
 
-    A module's sites and the state that its state_dict does not hold are written beside the weights; the file still loads with
-    plain torch (`.pt`) or safetensors (`.safetensors`).
+    A module's sites and the state that its state_dict does not hold are written beside the weights; the file still
+    loads with plain torch (`.pt`) or safetensors (`.safetensors`).
 
     Example:
         >>> import tempfile, torch
@@ -183,10 +183,10 @@ def load_checkpoint(
     Args:
         model: The target; usually freshly QAT-prepared. May be on the meta device.
         source: Path, state_dict (nested or not), opened checkpoint or module.
-        calibration: Batches; a callable that is given the model in eval mode and runs it; a :class:`Calibration` or its path;
-            `"defer"` to leave activation ranges to the first training batches; None if nothing needs data.
-        inputs: `callable(batch) -> (args, kwargs)`. By default a tensor is the only argument, a mapping becomes keywords, a
-            tuple or list is cut to the positional parameters of `forward`.
+        calibration: Batches; a callable that is given the model in eval mode and runs it; a :class:`Calibration` or
+            its path; `"defer"` to leave activation ranges to the first training batches; None if nothing needs data.
+        inputs: `callable(batch) -> (args, kwargs)`. By default a tensor is the only argument, a mapping becomes
+            keywords, a tuple or list is cut to the positional parameters of `forward`.
         select: Which of several sets of weights in the file.
         float_model: The unprepared model: exact evidence for names that fusion took away.
         rename: Ordered (regex, replacement) pairs over source keys.
@@ -371,21 +371,25 @@ def _watch(description: Description, target: Schema, batch: Any, options: _Optio
     if chains:
         found.append(Evidence(chains, "order of calls in a forward"))
     if options.float_model is not None:
-        floating = describe_model(options.float_model)
-        hosts = [path for path, module in floating.view.modules.items() if path and _is_host(module)]
-        modes = [(module, module.training) for module in options.float_model.modules()]
-        try:
-            with rehearsal(floating):
-                options.float_model.eval()
-                run: Callable[[], Any] = lambda: run_once(  # noqa: E731
-                    options.float_model, options.float_model, batch, options.inputs, 0  # type: ignore[arg-type]
-                )
-                chains = watch_followers(run, options.float_model, hosts, is_norm)
-        finally:
-            for module, training in modes:
-                module.training = training
-        found.append(Evidence(chains, "order of calls in a forward of the float model"))
+        found.append(_watch_float(options.float_model, batch, options.inputs))
     return found
+
+
+def _watch_float(float_model: nn.Module, batch: Any, inputs: Inputs | None) -> Evidence:
+    """Which normalization the float model calls on the output of each convolution or linear layer, for one batch."""
+    floating = describe_model(float_model)
+    hosts = [path for path, module in floating.view.modules.items() if path and _is_host(module)]
+    modes = [(module, module.training) for module in float_model.modules()]
+    try:
+        with rehearsal(floating):
+            float_model.eval()
+            chains = watch_followers(
+                lambda: run_once(float_model, float_model, batch, inputs, 0), float_model, hosts, is_norm
+            )
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Evidence(chains, "order of calls in a forward of the float model")
 
 
 def _notes(plan: Plan, description: Description, options: _Options) -> list[str]:
@@ -395,11 +399,11 @@ def _notes(plan: Plan, description: Description, options: _Options) -> list[str]
         kept = [s.key for s in plan.steps if isinstance(s, Keep) and s.key in schema and schema[s.key].optional]
         if kept:
             names = ", ".join(shorten(collapse(kept), 4))
-            notes.append(f"not in the source and kept, as tensors that the tracer captured: {names} (float_model= makes it sure)")
+            notes.append(
+                f"not in the source and kept, as tensors that the tracer captured: {names} (float_model= makes it sure)"
+            )
     if description.framework is not None:
         notes += description.framework.notes(description.view, options.float_model)
     if options.calibration is not None and not any(isinstance(s, Synthesize) for s in plan.steps) and plan.copied:
         notes.append("calibration data was not used: nothing needed it")
     return notes
-
-

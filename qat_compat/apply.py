@@ -1,14 +1,15 @@
 """Stage, verify, commit or roll back: the only code that writes to the user's model.
 
-Every value is read and checked before the model is touched. Then the staged tensors are swapped into the model's own tensor
-objects (`tensor.data = staged`), so that optimizers and ties keep pointing at them; scratch copies stand in for every buffer
-while data runs. Any exception, KeyboardInterrupt included, puts everything back as it was, storages included.
+Every value is read and checked before the model is touched. Then the staged tensors are swapped into the model's own
+tensor objects (`tensor.data = staged`), so that optimizers and ties keep pointing at them; scratch copies stand in
+for every buffer while data runs. Any exception, KeyboardInterrupt included, puts everything back as it was, storages
+included.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -184,7 +185,14 @@ class _Transaction:
     def __init__(self, model: nn.Module, slots: Mapping[str, Slot]) -> None:
         self.slots = {slot.key: slot for slot in slots.values()}
         self._modules = [
-            (m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules), set(m._non_persistent_buffers_set))
+            (
+                m,
+                dict(m.__dict__),
+                dict(m._parameters),
+                dict(m._buffers),
+                dict(m._modules),
+                set(m._non_persistent_buffers_set),
+            )
             for m in model.modules()
         ]
         self._data = {key: slot.tensor.data for key, slot in self.slots.items()}
@@ -243,7 +251,8 @@ class _Transaction:
 @contextmanager
 def _preserved_random_state() -> Iterator[None]:
     """Random state of torch (every device in use), numpy and Python as before, whatever happens inside."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if in_use else []
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
         try:
@@ -348,14 +357,20 @@ def _synthesize(plan: Plan, work: Work) -> int:
 def _written(plan: Plan, description: Description) -> set[str]:
     """First keys of the slots whose value the quantizers computed."""
     slots = description.view.slots
-    keys = {s.key for s in plan.steps if isinstance(s, Derive) or (isinstance(s, Synthesize) and s.how is not How.RECORD)}
+    keys = {
+        s.key for s in plan.steps if isinstance(s, Derive) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
+    }
     return {slots[key].key for key in keys if key in slots}
 
 
 def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     """Look at the result: quantizers that can be used, and no tensor left without storage."""
     schema = description.schema
-    touched = {schema[step.key].quantizer for step in plan.steps if isinstance(step, (Copy, Derive, Synthesize)) and step.key in schema}
+    touched = {
+        schema[step.key].quantizer
+        for step in plan.steps
+        if isinstance(step, (Copy, Derive, Synthesize)) and step.key in schema
+    }
     problems = [p for q in description.quantizers if q.name in touched for p in q.check()]
     if problems:
         first = problems[0]
@@ -383,5 +398,3 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             file=plan.source,
         )
     return tuple(finding for q in description.quantizers if q.name in touched for finding in q.findings())
-
-

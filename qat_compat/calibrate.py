@@ -1,8 +1,8 @@
 """Drive data through a model's own quantizers.
 
 Native calibration is: eval mode, no gradient, observers on, fake-quantization off, the batches in order; then
-`calculate_qparams()` of every quantizer written into its buffers. Modes, flags, BN statistics and random state are as before
-afterwards. The caller (:mod:`qat_compat.apply`) has put scratch tensors in place of the model's own.
+`calculate_qparams()` of every quantizer written into its buffers. Modes, flags, BN statistics and random state are as
+before afterwards. The caller (:mod:`qat_compat.apply`) has put scratch tensors in place of the model's own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Data = Iterable[Any] | Callable[[nn.Module], Any]
 def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How a batch is handed to `forward`, when the caller does not say.
 
-    A tensor is the only argument; a mapping becomes keywords; a tuple or list is cut to the number of positional parameters
-    of `forward`, so that an `(input, label)` pair of a DataLoader works. Numpy arrays become tensors.
+    A tensor is the only argument; a mapping becomes keywords; a tuple or list is cut to the number of positional
+    parameters of `forward`, so that an `(input, label)` pair of a DataLoader works. Numpy arrays become tensors.
 
     Example:
         >>> import torch
@@ -107,8 +107,10 @@ def _describe(batch: Any) -> str:
 
 
 @contextmanager
-def _watched(quantizers: Sequence[Quantizer], seen: set[str], histograms: Mapping[str, RangeHistogram]) -> Iterator[None]:
-    """Note which quantizers are handed a tensor with something in it, and collect histograms where they are asked for."""
+def _watched(
+    quantizers: Sequence[Quantizer], seen: set[str], histograms: Mapping[str, RangeHistogram]
+) -> Iterator[None]:
+    """Note which quantizers are handed a tensor with something in it; collect histograms where they are asked for."""
     handles = []
     for quantizer in quantizers:
 

@@ -51,9 +51,10 @@ def to_float(
 
     Args:
         source: Path, state_dict, opened checkpoint or module.
-        like: The float layout where the source alone does not tell the names: a float model, a state_dict, a path, or keys.
-            It also sets the order, and the dtypes where it has any.
-        weights: "latent" gives the master weights, "quantized" what the weight quantizers make of them (from a module only).
+        like: The float layout where the source alone does not tell the names: a float model, a state_dict, a path, or
+            keys. It also sets the order, and the dtypes where it has any.
+        weights: "latent" gives the master weights, "quantized" what the weight quantizers make of them (from a module
+            only).
         select: Which of several sets of weights in the file.
 
     Returns:
@@ -127,7 +128,9 @@ def _own_names(source: Source) -> dict[str, str]:
     """Float name -> source key, in the order of the float model as far as the source knows it."""
     sites, problems = float_names(source)
     if problems:
-        raise PlanError(problems, file=source.checkpoint.name, summary="the float names cannot be known from the source alone")
+        raise PlanError(
+            problems, file=source.checkpoint.name, summary="the float names cannot be known from the source alone"
+        )
     position = {path: index for index, path in enumerate(source.module_order)}
     first: dict[str, int] = {}
     for key, site in sites.items():
@@ -175,7 +178,9 @@ def _layout_of(source: Source, like: Like) -> _Layout:
         # a graph module saves every tensor that it captured, and like= says which of them the float model saves
         extra = [problem for problem in plan.problems if problem.kind is ProblemKind.UNEXPECTED]
         plan = replace(plan, problems=tuple(problem for problem in plan.problems if problem not in extra))
-        captured = tuple(f"{problem.key} is not in like=: taken for a tensor that the tracer captured" for problem in extra)
+        captured = tuple(
+            f"{problem.key} is not in like=: taken for a tensor that the tracer captured" for problem in extra
+        )
     else:
         captured = ()
     if not plan.ok:
@@ -209,7 +214,11 @@ def _like_source(like: Like) -> tuple[Source, list[Evidence]]:
     if isinstance(like, (str, PathLike, Mapping)):
         return open_any(like), []
     unknown = {str(key): _unknown_entry(str(key)) for key in like}
-    return Source(Checkpoint({}, {}.__getitem__, name="like="), Schema(unknown)), []
+    return Source(Checkpoint({}, _no_tensor, name="like="), Schema(unknown)), []
+
+
+def _no_tensor(key: str) -> Tensor:
+    raise KeyError(key)
 
 
 def _unknown_entry(key: str) -> Entry:
@@ -244,5 +253,3 @@ def quantized_weights(source: Source) -> Mapping[str, Callable[[], Tensor]]:
     for quantizer in source.description.quantizers:
         found.update(quantizer.quantized_parameters())
     return found
-
-

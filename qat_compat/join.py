@@ -117,7 +117,10 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
     idle = [glob for glob in globs if not any(fnmatchcase(key, glob) for key in ignored)]
     if idle:
         raise PlanError(
-            [Problem(ProblemKind.MISSING, glob, "drop= names nothing in the source", "check its spelling") for glob in idle]
+            [
+                Problem(ProblemKind.MISSING, glob, "drop= names nothing in the source", "check its spelling")
+                for glob in idle
+            ]
         )
     gone = set(ignored)
     entries = {key: entry for key, entry in schema.items() if key not in gone}
@@ -128,7 +131,7 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
 
 
 def _float_entries(draft: _Draft, found: Match, ties: Mapping[str, Sequence[str]]) -> None:
-    source, target, goal = draft.source, draft.target, draft.goal
+    target, goal = draft.target, draft.goal
     kept_globs = set(goal.keep)
     missing: list[str] = []
     for key in target.float_keys():
@@ -229,9 +232,7 @@ def _quantizer_entries(draft: _Draft, quantizers: Sequence[Quantizer]) -> None:
             _carry(draft, quantizer, keys, origin, foreign)
 
 
-def _source_groups(
-    draft: _Draft, quantizers: Sequence[Quantizer]
-) -> list[tuple[Quantizer, Mapping[str, str] | None]]:
+def _source_groups(draft: _Draft, quantizers: Sequence[Quantizer]) -> list[tuple[Quantizer, Mapping[str, str] | None]]:
     """Each quantizer of the target with the source's state of it: leaf -> source key."""
     leaves: dict[str, dict[str, str]] = {}
     by_site: dict[str, list[str]] = {}
@@ -293,9 +294,7 @@ def _is_old_default(scale: Spec | None) -> bool:
     return scale is None or scale.shape == (1,)
 
 
-def _carry(
-    draft: _Draft, quantizer: Quantizer, keys: Sequence[str], origin: Mapping[str, str], foreign: bool
-) -> None:
+def _carry(draft: _Draft, quantizer: Quantizer, keys: Sequence[str], origin: Mapping[str, str], foreign: bool) -> None:
     """Take the state that the source holds, as far as it fits this quantizer."""
     target = draft.target
     kept_host = any(
@@ -381,9 +380,7 @@ def _synthesize(draft: _Draft, quantizer: Quantizer, keys: Sequence[str], reason
 # --- what nothing took ------------------------------------------------------------------------------------------------
 
 
-def _leftovers(
-    draft: _Draft, found: Match, alias: Callable[[str], Hashable | None], unused: frozenset[str]
-) -> None:
+def _leftovers(draft: _Draft, found: Match, alias: Callable[[str], Hashable | None], unused: frozenset[str]) -> None:
     """A reason for every source key that no step reads, or a problem."""
     source, target = draft.source, draft.target
     hidden = target.non_persistent | {canonical(name) for name in target.non_persistent}

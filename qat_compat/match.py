@@ -1,8 +1,9 @@
 """Evidence that two names are one site.
 
-Witnesses, strongest first: the exact key; the flow's own record of what it fused; the float model; what a forward shows; wrapper
-segments, stripped only where no two names fall together; the user's `rename`; uniqueness of shape within one parent; naming
-convention, where it is a complete bijection. Never position. Two answers left is an ambiguity, which is reported with both.
+Witnesses, strongest first: the exact key; the flow's own record of what it fused; the float model; what a forward
+shows; wrapper segments, stripped only where no two names fall together; the user's `rename`; uniqueness of shape
+within one parent; naming convention, where it is a complete bijection. Never position. Two answers left is an
+ambiguity, which is reported with both.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ __all__ = ["Evidence", "Match", "Rename", "canonical", "match", "resolve_alone"]
 
 Rename = Sequence[tuple[str, str]]
 
-# path segments that a wrapper puts around a module: DDP and DataParallel, torch.compile, FSDP, activation checkpointing,
-# d2go, Lightning modules and Hugging Face heads
+# path segments that a wrapper puts around a module: DDP and DataParallel, torch.compile, FSDP, activation
+# checkpointing, d2go, Lightning modules and Hugging Face heads
 WRAPPERS = frozenset(
     {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_prepared", "model"}
 )
 # words that a naming convention puts in the place of each other: `conv1`/`bn1`, `conv_a`/`norm_a`, `expand`/`expand_bn`
-_CONVENTION = re.compile(r"_?(?:convolution|conv|linear|lin|dense|fc|batch_?norm(?:alization)?|normalization|norm|bn)(?![a-z])_?")
+_CONVENTION = re.compile(
+    r"_?(?:convolution|conv|linear|lin|dense|fc|batch_?norm(?:alization)?|normalization|norm|bn)(?![a-z])_?"
+)
 
 
 @dataclass(frozen=True)
@@ -306,9 +309,9 @@ def _spoken(group: Fused, evidence: Sequence[Evidence], found: Match) -> tuple[t
 
 def _fits(group: Fused, tensors: Mapping[str, Spec]) -> bool:
     shapes = ((), (group.channels,), UNKNOWN)
-    return all(spec.shape in shapes for spec in tensors.values()) and set(
-        tensors
-    ) <= set(group.tensors) | {"num_batches_tracked"}
+    return all(spec.shape in shapes for spec in tensors.values()) and set(tensors) <= set(group.tensors) | {
+        "num_batches_tracked"
+    }
 
 
 def _by_elimination(
@@ -320,8 +323,8 @@ def _by_elimination(
 ) -> list[Fused]:
     """Settle groups for which only one assignment fits; returns those left.
 
-    Groups of one parent, one size and one set of options are alike to every shape, so the assignment is unique exactly where
-    such a class has one group and one module left.
+    Groups of one parent, one size and one set of options are alike to every shape, so the assignment is unique
+    exactly where such a class has one group and one module left.
     """
     by_parent: dict[tuple[str, int], list[str]] = {}
     for path, tensors in pool.items():
@@ -369,7 +372,7 @@ def _conventional(host: str) -> set[str]:
 def _by_convention(
     groups: Sequence[Fused], pool: Mapping[str, Mapping[str, Spec]], chosen: dict[str, tuple[str, str]]
 ) -> None:
-    """Settle groups by name (`conv1`/`bn1`, `0`/`1` in a Sequential), if every one of them finds exactly one partner."""
+    """Settle groups by name (`conv1`/`bn1`, `0`/`1` in a Sequential), if each of them finds exactly one partner."""
     by_skeleton: dict[str, list[str]] = {}
     for path in pool:
         by_skeleton.setdefault(_skeleton(path), []).append(path)
@@ -387,8 +390,8 @@ def _by_convention(
 def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
     """Find the float names of fused normalizations with no other side to compare to.
 
-    The flow's record and the given evidence decide; where they are silent, the naming convention does, among the places that
-    the model or the file's version record says are there.
+    The flow's record and the given evidence decide; where they are silent, the naming convention does, among the
+    places that the model or the file's version record says are there.
     """
     found = Match()
     silent: list[Fused] = []

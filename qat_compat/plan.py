@@ -1,7 +1,7 @@
 """The plan: one step per target entry and one per source key that nothing takes.
 
-A plan is data. It is made from two schemas and what :mod:`qat_compat.match` found, without reading a tensor, and it can be
-printed, stored as JSON and compared. Whatever cannot be decided is a problem; all of them are collected.
+A plan is data. It is made from two schemas and what :mod:`qat_compat.match` found, without reading a tensor, and it
+can be printed, stored as JSON and compared. Whatever cannot be decided is a problem; all of them are collected.
 """
 
 from __future__ import annotations

@@ -83,9 +83,10 @@ def choose_range(histogram: RangeHistogram, statistic: str) -> tuple[Tensor, Ten
 
     Args:
         histogram: What was seen.
-        statistic: "percentile" (the central 99.99 % of the values), "mse" (least mean squared error on 256 levels; the search
-            of Choukroun et al. 2019 over clipping thresholds) or "entropy" (least Kullback-Leibler divergence between the
-            clipped and the quantized distribution; Migacz, "8-bit inference with TensorRT", 2017).
+        statistic: "percentile" (the central 99.99 % of the values), "mse" (least mean squared error on 256 levels;
+            the search of Choukroun et al. 2019 over clipping thresholds) or "entropy" (least Kullback-Leibler
+            divergence between the clipped and the quantized distribution; Migacz, "8-bit inference with TensorRT",
+            2017).
 
     Raises:
         QParamError: An unknown statistic, or an empty histogram.

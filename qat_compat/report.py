@@ -114,10 +114,13 @@ h1 { font-size: 1.35rem; margin-bottom: .2rem; } h1 small { font-weight: normal;
 .counts { display: flex; gap: .8rem; flex-wrap: wrap; margin: 1.2rem 0; padding: 0; list-style: none; }
 .counts li { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; min-width: 6rem; }
 .counts b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .4rem .6rem; vertical-align: top; }
-tr { border-top: 1px solid var(--line); } thead tr { border: 0; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .4rem .6rem; vertical-align: top; }
+tr { border-top: 1px solid var(--line); } thead tr { border: 0; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
-.copy, .derive, .synthesize, .keep, .drop { border-radius: .3rem; padding: .05rem .45rem; color: #fff; font-size: .85rem; }
+.copy, .derive, .synthesize, .keep, .drop {
+  border-radius: .3rem; padding: .05rem .45rem; color: #fff; font-size: .85rem; }
 .copy { background: #2563a8; } .derive { background: #7a3fa0; } .synthesize { background: #1d7a46; }
 .keep { background: #6b6b6b; } .drop { background: #a15c10; }
 .warnings li { background: var(--soft); margin: .3rem 0; padding: .3rem .6rem; border-radius: .3rem; }
@@ -143,8 +146,10 @@ def _page(report: Report) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>qat_compat: {esc(report.plan.source)}</title><style>{_STYLE}</style>"
-        f"<h1>{esc(report.plan.source)} &rarr; {esc(report.plan.target)}<br><small>{esc(report._headline())}</small></h1>"
+        f"<h1>{esc(report.plan.source)} &rarr; {esc(report.plan.target)}<br>"
+        f"<small>{esc(report._headline())}</small></h1>"
         f'<ul class="counts">{counts}</ul>{warnings}'
-        "<h2>Where every value came from</h2><table><thead><tr><th>step</th><th>keys</th><th>why</th><th>names</th></tr>"
-        f"</thead><tbody>{''.join(rows)}</tbody></table></html>\n"
+        "<h2>Where every value came from</h2>"
+        "<table><thead><tr><th>step</th><th>keys</th><th>why</th><th>names</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></html>\n"
     )

@@ -1,7 +1,7 @@
 """What every key of a checkpoint or of a model means.
 
-A :class:`Schema` is data: it is made by a framework file from a model or from the keys of a checkpoint, and it is all that
-matching and planning ever see.
+A :class:`Schema` is data: it is made by a framework file from a model or from the keys of a checkpoint, and it is all
+that matching and planning ever see.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Fused:
         tensors: Names of what it holds (`weight`, `running_mean`, ...).
         candidates: Float module paths that the flow's own record allows; empty where the record is silent.
         witness: What the candidates rest on.
-        certain: Whether it is known that fusion took place; from keys alone, `conv.0` and `conv.1` may be a fused pair that was
-            not prepared, or a Sequential of the float model's own.
+        certain: Whether it is known that fusion took place; from keys alone, `conv.0` and `conv.1` may be a fused
+            pair that was not prepared, or a Sequential of the float model's own.
     """
 
     prefix: str
@@ -132,7 +132,8 @@ class Schema(Mapping[str, Entry]):
         ('parameter', 'float')
 
     Args:
-        entries: key -> :class:`Entry`. The sites of tensors under a :class:`Fused` prefix are provisional (`conv1.bn.weight`).
+        entries: key -> :class:`Entry`. The sites of tensors under a :class:`Fused` prefix are provisional
+            (`conv1.bn.weight`).
         framework: Name of the framework file that wrote it.
         stage: Float, folded, prepared or converted.
         fused: Batch normalizations whose float name is not in their keys.

@@ -67,7 +67,9 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
 
 def _from_module(model: nn.Module) -> Source:
     description = describe_model(model)
-    tensors: dict[str, Tensor] = {k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent}
+    tensors: dict[str, Tensor] = {
+        k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent
+    }
     tensors.update(hidden_state(description))
     extras: dict[str, Any] = {
         key: description.view.modules[split_path(key)[0]].get_extra_state()

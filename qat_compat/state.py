@@ -1,7 +1,7 @@
 """The tensors of a live module, by name. Reading only: nothing here writes to the module.
 
-`Module.load_state_dict` is quadratic in the number of flat children and calls hooks that reset observers, so the package
-keeps its own name -> tensor map.
+`Module.load_state_dict` is quadratic in the number of flat children and calls hooks that reset observers, so the
+package keeps its own name -> tensor map.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Slot:
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under every name that reaches it, in the order of `state_dict`."""
-    return model.named_modules(remove_duplicate=False)
+    yield from model.named_modules(remove_duplicate=False)
 
 
 def collect_slots(model: nn.Module) -> dict[str, Slot]:

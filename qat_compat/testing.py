@@ -285,8 +285,8 @@ def assert_round_trip(
         unaided: The sources (of "model", "state_dict", "file") that must be converted without `like=`; None if that is
             not tried, because nothing in the prepared model tells a saved buffer from one that is not saved.
         ordered: The sources that, without `like=`, must give the keys in the float model's order.
-        names: Whether names and shapes of the float keys, which are all that a state dict or a list of keys as `like=`
-            has to offer, tell where the keys of a QAT state dict or file belong. If they are "silent", such a `like=`
+        names: Whether the names of the float keys, which may be all that a state dict or a list of keys as `like=` has
+            to offer, tell where the keys of a QAT state dict or file belong. If they are "silent", such a `like=`
             may be refused; if they "mislead" (a BN that is named after another convolution), it is not tried.
         lost: Globs of float keys that the prepared model does not hold; with `like=` they must be there, with any
             value.

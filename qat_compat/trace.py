@@ -1,7 +1,8 @@
 """Which module a model calls right after which other one: evidence for names that fusion took away.
 
-Three ways, strongest first: a symbolic trace of the whole model, the same of the parent module alone (where the whole model
-has control flow that cannot be traced), and the order that an `nn.Sequential` defines. A fourth one watches a real forward.
+Three ways, strongest first: a symbolic trace of the whole model, the same of the parent module alone (where the whole
+model has control flow that cannot be traced), and the order that an `nn.Sequential` defines. A fourth one watches a
+real forward.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class _LeafTracer(torch.fx.Tracer):
 
     Args:
         leaves: `id` of the modules not to enter.
-        branch: What a condition on a traced value is taken to be; None refuses to trace it. A call that is seen under either
-            answer is a call that the model makes.
+        branch: What a condition on a traced value is taken to be; None refuses to trace it. A call that is seen under
+            either answer is a call that the model makes.
     """
 
     def __init__(self, leaves: frozenset[int], branch: bool | None) -> None:
@@ -212,5 +213,3 @@ def watch_followers(
         for handle in handles:
             handle.remove()
     return {host: tuple(chain) for host, chain in found.items()}
-
-

@@ -16,7 +16,16 @@ from qat_compat.frameworks.torchao import TorchAOQAT
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, collect_slots, extra_state_keys, join_path, modules_of, split_path
 
-__all__ = ["FRAMEWORKS", "Description", "KeyView", "Needs", "Quantizer", "describe_keys", "describe_model", "with_sites"]
+__all__ = [
+    "FRAMEWORKS",
+    "Description",
+    "KeyView",
+    "Needs",
+    "Quantizer",
+    "describe_keys",
+    "describe_model",
+    "with_sites",
+]
 
 # the first that owns a model or a checkpoint describes it; graphs come before the eager mode that they extend
 FRAMEWORKS: tuple[Framework, ...] = (PT2E(), FX(), TorchAO(), TorchAOQAT())
@@ -145,9 +154,7 @@ def _rename(path: str, renamed: Mapping[str, str]) -> str:
 
 def with_sites(schema: Schema, sites: Mapping[str, str], record: Mapping[str, object]) -> Schema:
     """The same schema with the sites and the framework that were written down when its file was saved."""
-    entries = {
-        key: replace(entry, site=sites[key]) if key in sites else entry for key, entry in schema.entries.items()
-    }
+    entries = {key: replace(entry, site=sites[key]) if key in sites else entry for key, entry in schema.entries.items()}
     moved = {split_path(key)[0] for key in sites if key in schema and schema[key].role.is_float_entry}
     return replace(
         schema,

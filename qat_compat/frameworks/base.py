@@ -30,8 +30,8 @@ class Needs(Enum):
 class Quantizer(ABC):
     """One quantizer of a live model: how it is cleared, driven, read and checked.
 
-    The engine only calls these methods on tensors that it has put in place of the model's own, so that an error leaves the
-    model untouched.
+    The engine only calls these methods on tensors that it has put in place of the model's own, so that an error
+    leaves the model untouched.
 
     Args:
         name: The first name of the quantizer module.
@@ -182,7 +182,7 @@ class Framework(ABC):
 
 
 def plain_entry(site: str, spec: Spec) -> Entry:
-    """The meaning of a tensor that the float model holds too; from the key alone, a parameter and a buffer look alike."""
+    """The meaning of a tensor that the float model holds too; by its key, a parameter looks like a buffer."""
     leaf = split_path(site)[1]
     role = Role.BUFFER if leaf in ("running_mean", "running_var", "num_batches_tracked") else Role.PARAMETER
     return Entry(site, role, *spec)

@@ -1,10 +1,12 @@
-"""torch.ao FX graph mode: `prepare_qat_fx`. Extends eager mode: the fused modules and the quantizers are the same classes.
+"""torch.ao FX graph mode: `prepare_qat_fx`. Extends eager mode: the fused modules and the quantizers are the same
+classes.
 
 What is known here, and what it rests on (torch 2.13):
 
-* Activation quantizers are `activation_post_process_N` at the root, numbered by position; what they quantize is in the graph.
-* The batch-normalization modules are gone. `GraphModule.meta["_observed_graph_module_attrs"].node_name_to_scope` still lists
-  every node of the original trace, in order, with its module path and class.
+* Activation quantizers are `activation_post_process_N` at the root, numbered by position; what they quantize is in
+  the graph.
+* The batch-normalization modules are gone. `GraphModule.meta["_observed_graph_module_attrs"].node_name_to_scope`
+  still lists every node of the original trace, in order, with its module path and class.
 * Tensors that the trace met and that are not parameters become *persistent* buffers, whatever they were before.
 """
 
@@ -130,9 +132,7 @@ class FX(TorchAO):
         shape = self._shape(root, first, before)
         channels = shape[axis] if shape is not None and axis >= 0 else None
         parameter, factor = self._parameter(root, parent, first)
-        return FakeQuant(
-            names, module, site, lambda: evaluate(root, first, before), channels, parameter, factor
-        )
+        return FakeQuant(names, module, site, lambda: evaluate(root, first, before), channels, parameter, factor)
 
     @staticmethod
     def _parameter(
@@ -157,9 +157,7 @@ class FX(TorchAO):
         return "", None
 
     @staticmethod
-    def _shape(
-        root: torch.fx.GraphModule, node: torch.fx.Node, above: list[torch.fx.Node]
-    ) -> tuple[int, ...] | None:
+    def _shape(root: torch.fx.GraphModule, node: torch.fx.Node, above: list[torch.fx.Node]) -> tuple[int, ...] | None:
         value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else None
         if isinstance(value, Tensor):
             return tuple(value.shape)
@@ -167,9 +165,7 @@ class FX(TorchAO):
             return tuple(_fetch(root, str(above[0].target)).shape)
         return None
 
-    def _site(
-        self, root: torch.fx.GraphModule, parent: str, node: torch.fx.Node, above: list[torch.fx.Node]
-    ) -> str:
+    def _site(self, root: torch.fx.GraphModule, parent: str, node: torch.fx.Node, above: list[torch.fx.Node]) -> str:
         producer = node.args[0]
         if not isinstance(producer, torch.fx.Node):
             return f"graph:{node.target}"
@@ -224,9 +220,9 @@ def _is_statistic(key: str) -> bool:
 def _scan_scopes(root: torch.fx.GraphModule, path: str, hosts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Which removed norms each fused host may have been followed by, from the order of the original trace.
 
-    A norm runs after its host. Hosts and removed norms are read in trace order into a cluster that closes when it holds as
-    many norms as hosts: the norms of a closed cluster belong to its hosts. A cluster of one pair is certain; in a larger one
-    every host keeps every norm as a candidate.
+    A norm runs after its host. Hosts and removed norms are read in trace order into a cluster that closes when it
+    holds as many norms as hosts: the norms of a closed cluster belong to its hosts. A cluster of one pair is certain;
+    in a larger one every host keeps every norm as a candidate.
     """
     attrs = root.meta.get("_observed_graph_module_attrs")
     scopes = getattr(attrs, "node_name_to_scope", {})

@@ -1,11 +1,13 @@
-"""PT2E: `torchao.quantization.pt2e.prepare_qat_pt2e` on an exported program. Extends FX: a graph with quantizer modules.
+"""PT2E: `torchao.quantization.pt2e.prepare_qat_pt2e` on an exported program. Extends FX: a graph with quantizer
+modules.
 
 What is known here, and what it rests on (torchao 0.18):
 
 * Parameters and batch normalizations keep their original names; there is nothing to un-fuse.
-* Weight and activation quantizers share the numbering `activation_post_process_N`, and one module may stand under several
-  names; a weight quantizer is one whose input depends on no placeholder.
-* An exported module has no `.train()`/`.eval()`; `move_exported_model_to_eval` rewrites its graph, so it is given a copy.
+* Weight and activation quantizers share the numbering `activation_post_process_N`, and one module may stand under
+  several names; a weight quantizer is one whose input depends on no placeholder.
+* An exported module has no `.train()`/`.eval()`; `move_exported_model_to_eval` rewrites its graph, so it is given a
+  copy.
 * `prepare_qat_pt2e` sets eps and momentum of every fused batch normalization to 1e-5 and 0.1 (pytorch/ao#2980).
 """
 
@@ -110,8 +112,10 @@ class PT2E(FX):
 
 
 def _is_batch_norm(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and str(node.target).split(".")[1:2] != [] and any(
-        str(node.target).split(".")[1] == name for name in _BATCH_NORMS
+    return (
+        node.op == "call_function"
+        and str(node.target).split(".")[1:2] != []
+        and any(str(node.target).split(".")[1] == name for name in _BATCH_NORMS)
     )
 
 

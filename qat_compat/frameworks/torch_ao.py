@@ -2,11 +2,12 @@
 
 What is known here, and what it rests on (torch 2.13):
 
-* A quantizer is a `FakeQuantizeBase` (or a bare observer) at `<m>.weight_fake_quant` or `<m>.activation_post_process`; inside a
-  fake-quantizer the observer is again called `activation_post_process`.
-* A fused convolution keeps its name, the batch normalization becomes `<conv>.bn`, and an `nn.Identity` stays in its place. A
-  module that was fused but not prepared is an `nn.Sequential` of its parts at the convolution's name.
-* A fused module quantizes `weight * gamma / sqrt(running_var + eps)` (`_ConvBnNd._forward_approximate`, `LinearBn1d.forward`).
+* A quantizer is a `FakeQuantizeBase` (or a bare observer) at `<m>.weight_fake_quant` or
+  `<m>.activation_post_process`; inside a fake-quantizer the observer is again called `activation_post_process`.
+* A fused convolution keeps its name, the batch normalization becomes `<conv>.bn`, and an `nn.Identity` stays in its
+  place. A module that was fused but not prepared is an `nn.Sequential` of its parts at the convolution's name.
+* A fused module quantizes `weight * gamma / sqrt(running_var + eps)` (`_ConvBnNd._forward_approximate`,
+  `LinearBn1d.forward`).
 """
 
 from __future__ import annotations
@@ -240,8 +241,8 @@ class FakeQuant(Quantizer):
 def quantized_weight(module: nn.Module) -> Tensor:
     """The tensor that a QAT module hands to its weight quantizer.
 
-    Source: `_ConvBnNd._forward_approximate` and `LinearBn1d.forward` of torch 2.13, operation by operation, so that the bits
-    are the same.
+    Source: `_ConvBnNd._forward_approximate` and `LinearBn1d.forward` of torch 2.13, operation by operation, so that
+    the bits are the same.
     """
     owner: Any = module
     weight: Tensor = owner.weight
@@ -294,9 +295,7 @@ class TorchAO(Framework):
             channels = weight.shape[axis] if axis >= 0 else None
             factor = (lambda: norm_factor(host)) if _is_fused_qat(host) else None
             key = join_path(parent, "weight")
-            return FakeQuant(
-                names, module, f"weight:{parent}", lambda: quantized_weight(host), channels, key, factor
-            )
+            return FakeQuant(names, module, f"weight:{parent}", lambda: quantized_weight(host), channels, key, factor)
         return FakeQuant(names, module, f"output:{parent}")
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
@@ -328,7 +327,8 @@ class TorchAO(Framework):
         return followers(view.model, hosts, leaves, is_empty_place)
 
     def _fused(self, norm: nn.Module, prefix: str, host: str, chain: tuple[str, ...], length: int) -> Fused:
-        # the norm comes first of those fused into the host; identities of the model's own may stand anywhere in the chain
+        # the norm comes first of those fused into the host; identities of the model's own may stand anywhere in the
+        # chain
         candidates = chain[: max(1, len(chain) - length + 1)]
         tensors = [n for n, t in (*norm._parameters.items(), *norm._buffers.items()) if t is not None]
         channels: Any = norm.num_features

@@ -4,11 +4,11 @@ What is known here, and what it rests on (torchao 0.18):
 
 * `FakeQuantizedLinear` / `FakeQuantizedEmbedding` keep the names of the float model; their quantizers are
   `weight_fake_quantizer` and `activation_fake_quantizer`.
-* A dynamic quantizer has no state at all. A static one (`is_dynamic=False`) computes `scale` and `zero_point` in its first
-  forward and keeps them as plain attributes, which no state_dict holds. With range learning they become Parameters then
-  (`initialize_fake_quantizers`).
-* There is no observer apart from the fake-quantizer: what the quantizers see during calibration is fake-quantized upstream,
-  as in torchao's own first forward.
+* A dynamic quantizer has no state at all. A static one (`is_dynamic=False`) computes `scale` and `zero_point` in its
+  first forward and keeps them as plain attributes, which no state_dict holds. With range learning they become
+  Parameters then (`initialize_fake_quantizers`).
+* There is no observer apart from the fake-quantizer: what the quantizers see during calibration is fake-quantized
+  upstream, as in torchao's own first forward.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class IntxQuantizer(Quantizer):
             if name in module._parameters:
                 del module._parameters[name]
             setattr(module, name, None)
-        # torchao's `initialize_fake_quantizers` sets it in the same way: a range-learning quantizer refuses to run before
+        # torchao's `initialize_fake_quantizers` sets it in the same way: a range-learning quantizer refuses to run
+        # before
         module._initialized = True
 
     def observe(self, value: Tensor) -> None:

@@ -13,13 +13,10 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _END64_LOCATOR = struct.Struct("<4sLQL")
-_LIMIT = 0xFFFFFFFF  # what a 32-bit field cannot say stands in a ZIP64 field
-_MAX_COUNT = 0xFFFF
-_VERSION, _UTF8, _DATE = (
-    45,
-    0x0800,
-    0x21,
-)  # ZIP64 readers; names in UTF-8; 1980-01-01, so that equal content is equal bytes
+_WIDE, _MANY = 0xFFFFFFFF, 0xFFFF  # a field with this value sends the reader to the ZIP64 field
+_LIMIT, _MAX_COUNT = _WIDE, _MANY  # from here on that is needed
+_VERSION, _UTF8 = 45, 0x0800  # needs a reader that knows ZIP64; names are UTF-8
+_DATE = 0x21  # 1980-01-01, so that equal content is equal bytes
 
 
 class _Written(NamedTuple):
@@ -49,7 +46,7 @@ class ArchiveWriter:
         wide = size >= _LIMIT
         extra = struct.pack("<2H2Q", 1, 16, size, size) if wide else b""
         extra += self._padding(_LOCAL.size + len(encoded) + len(extra))
-        shown = _LIMIT if wide else size
+        shown = _WIDE if wide else size
         header = _LOCAL.pack(b"PK\x03\x04", _VERSION, _UTF8, 0, 0, _DATE, crc, shown, shown, len(encoded), len(extra))
         self.records.append(_Written(encoded, self.position, size, crc))
         self._put(header + encoded + extra)
@@ -65,13 +62,13 @@ class ArchiveWriter:
             end64 = self.position
             self._put(_END64.pack(b"PK\x06\x06", _END64.size - 12, _VERSION, _VERSION, 0, 0, count, count, size, start))
             self._put(_END64_LOCATOR.pack(b"PK\x06\x07", 0, end64, 1))
-        short = min(count, _MAX_COUNT)
-        self._put(_END.pack(b"PK\x05\x06", 0, 0, short, short, min(size, _LIMIT), min(start, _LIMIT), 0))
+        shown = _MANY if count >= _MAX_COUNT else count
+        self._put(_END.pack(b"PK\x05\x06", 0, 0, shown, shown, _narrow(size), _narrow(start), 0))
 
     def _entry(self, record: _Written) -> bytes:
         wide = [value for value in (record.size, record.size, record.header) if value >= _LIMIT]
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-        size, header = min(record.size, _LIMIT), min(record.header, _LIMIT)
+        size, header = _narrow(record.size), _narrow(record.header)
         return (
             _ENTRY.pack(
                 b"PK\x01\x02", _VERSION, _VERSION, _UTF8, 0, 0, _DATE, record.crc, size, size,
@@ -89,3 +86,7 @@ class ArchiveWriter:
     def _put(self, data: bytes | memoryview) -> None:
         self.stream.write(data)
         self.position += len(data)
+
+
+def _narrow(value: int) -> int:
+    return _WIDE if value >= _LIMIT else value

@@ -34,8 +34,10 @@ class Weights(NamedTuple):
 
 def is_weights(node: object) -> bool:
     """Whether `node` is a state_dict (or a module): names with tensors directly under them."""
-    if _is_module(node):
-        return True
+    if isinstance(node, torch.nn.Module):
+        return bool(node.state_dict())
+    if isinstance(node, Opaque):
+        return _is_module(node) and next(_module_tensors(node, "", 0), None) is not None
     if not isinstance(node, Mapping) or not node:
         return False
     tensors = 0

@@ -17,6 +17,7 @@ from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import Opaque
+from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
 
 __all__ = ["CONTAINER"]
@@ -160,9 +161,14 @@ class _Folder:
         for index, info in storage.items() if isinstance(storage, dict) else ():
             where = self._attributes(index, "metadata.MetadataIndex", _METADATA)
             what = self._attributes(info, "filesystem._StorageInfo", _METADATA)
-            name, shard = str(where.get("fqn")), what.get("relative_path")
+            name, shard = where.get("fqn"), what.get("relative_path")
             start, length = what.get("offset"), what.get("length")
-            if not isinstance(shard, str) or type(start) is not int or type(length) is not int:
+            if (
+                not isinstance(name, str)
+                or not isinstance(shard, str)
+                or type(start) is not int
+                or type(length) is not int
+            ):
                 raise self._bad(name, "the index is malformed", "a shard, an offset and a length", repr(what)[:80])
             if what.get("transform_descriptors"):
                 raise self._bad(
@@ -205,11 +211,17 @@ def _no_storage(identifier: tuple[Any, ...]) -> object:
 
 def _insert(tree: dict[Any, Any], path: Any, value: Any) -> None:
     """Put a value where it was in the state that was saved; the planner wrote down its path."""
+    if not isinstance(path, tuple) or not path or not all(type(part) in (str, int) for part in path):
+        raise CheckpointError(
+            "the index is malformed", expected="a path of names and numbers", found=short(path), remedy=_FRESH_COPY
+        )
     node = tree
     for part in path[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise TypeError(f"two values at {path}")
+            raise CheckpointError(
+                "two values have one path", key=short(path), expected="a path each", remedy=_FRESH_COPY
+            )
     node[path[-1]] = value
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.schema import Spec
 from qat_compat.storage.qtensor import Quantizer, rebuild_quantized
+from qat_compat.storage.text import short
 
 __all__ = ["HeldTensor", "LazyTensor", "LazyTensors", "Storage", "StoredTensor", "check_extent", "element_size"]
 
@@ -138,9 +139,11 @@ class StoredTensor(LazyTensor):
         if self.storage.swap and size > 1:
             part = size // 2 if dtype.is_complex else size
             raw = raw.view(-1, part).flip(1).reshape(-1)
-        elif raw.numel() and raw.data_ptr() % size:
+        elif raw.numel() and (raw.data_ptr() % size or raw.storage_offset() % size):
             raw = raw.clone()  # formats without alignment: kernels expect addresses that fit the element
-        offset = self.offset + raw.storage_offset() // size  # offsets count from the memory's begin, not from the view's
+        offset = (
+            self.offset + raw.storage_offset() // size
+        )  # offsets count from the memory's begin, not from the view's
         if self.quantizer is not None:
             return rebuild_quantized(raw, dtype, self.spec.shape, self.stride, offset, self.quantizer)
         # A storage may end in a part of an element (it was made of bytes); the view never reaches it.
@@ -203,7 +206,7 @@ def check_extent(
             "a tensor has a malformed shape",
             key=name,
             expected="sizes and strides of equal number, none of them negative",
-            found=f"size {shape!r}, stride {stride!r}, offset {offset!r}",
+            found=f"size {short(shape)}, stride {short(stride)}, offset {short(offset)}",
             remedy="the file is corrupt; get a fresh copy",
         )
     item = element_size(dtype)

@@ -25,6 +25,7 @@ from qat_compat.storage.standins import (
     TypedStorage,
     Unreadable,
 )
+from qat_compat.storage.text import short
 from qat_compat.storage.unsafe import is_dangerous, makes_memory, unsafe
 
 __all__ = ["build", "check_key", "construct", "find_global"]
@@ -210,7 +211,7 @@ def _sparse(layout: Any, data: Any) -> Unreadable:
     values = next((part for part in data if isinstance(part, LazyTensor) and part.spec.dtype.is_floating_point), None)
     shape = next((part for part in reversed(data) if isinstance(part, tuple)), ())
     return Unreadable(
-        f"sparse ({layout})",
+        f"sparse ({short(layout)})",
         "save `tensor.to_dense()` instead",
         Spec(tuple(shape), torch.float32 if values is None else values.spec.dtype),
     )
@@ -237,10 +238,14 @@ def _size(items: Any = ()) -> tuple[int, ...]:
 
 
 def _device(kind: Any, index: Any = None) -> str:
-    return str(kind) if index is None else f"{kind}:{index}"
+    if not isinstance(kind, str) or type(index) not in (int, type(None)):
+        raise TypeError("a device without a name")
+    return kind if index is None else f"{kind}:{index}"
 
 
 def _layout(name: Any) -> object:
+    if not isinstance(name, str):
+        raise TypeError("a layout without a name")
     return _CONSTANTS.get(name, name)
 
 
@@ -275,7 +280,9 @@ def _default_dict(factory: Any = None, items: Any = ()) -> dict[Any, Any]:
 
 
 def _path(*parts: Any) -> str:
-    return "/".join(str(part) for part in parts).replace("//", "/")
+    if not all(isinstance(part, str) for part in parts):
+        raise TypeError("a path of other things than names")
+    return "/".join(parts).replace("//", "/")
 
 
 def _reconstructor(cls: Any, base: Any = None, state: Any = None) -> object:

@@ -13,7 +13,9 @@ __all__ = ["make_array", "numpy_dtype", "numpy_from_buffer", "numpy_scalar"]
 
 
 def numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
-    return NumpyDtype(str(code))
+    if not isinstance(code, str):
+        raise TypeError(f"a numpy dtype in a {type(code).__name__}")
+    return NumpyDtype(code)
 
 
 def numpy_scalar(dtype: NumpyDtype, data: Any = None) -> Any:

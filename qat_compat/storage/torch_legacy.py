@@ -10,6 +10,7 @@ from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import Storage
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import StorageType, TypedStorage
+from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
 
 __all__ = ["CONTAINER"]
@@ -57,7 +58,8 @@ class _Reader:
         keys = self._pickle("storage keys")
         self._expect(isinstance(keys, list), True, "storage keys")
         for key in keys:
-            self._place(str(key))
+            self._expect(isinstance(key, str), True, "storage keys")
+            self._place(key)
         missing = sorted(set(self.storages) - set(self.starts))
         if missing:
             raise self._broken(f"storage {missing[0]}", "its bytes", "none")
@@ -76,10 +78,12 @@ class _Reader:
             return identifier[1]
         kind, storage_type, key, _, count, *view = identifier
         if kind != "storage" or not isinstance(storage_type, StorageType) or type(count) is not int or count < 0:
-            raise TypeError(f"a persistent id for {kind!r}")
+            raise TypeError(f"a persistent id for {short(kind)}")
         if view and view[0] is not None:
             raise ValueError("a view of a storage, as torch 0.1 wrote them")
-        key, nbytes = str(key), count * storage_type.dtype.itemsize
+        if not isinstance(key, str):
+            raise TypeError(f"a storage whose key is a {type(key).__name__}")
+        nbytes = count * storage_type.dtype.itemsize
         if key not in self.storages:
             if nbytes > self.file.size:
                 raise ValueError(f"a storage of {nbytes} bytes in a file of {self.file.size}")
@@ -107,7 +111,7 @@ class _Reader:
 
     def _expect(self, found: object, expected: object, what: str) -> None:
         if found != expected or type(found) is not type(expected):
-            raise self._broken(what, expected, found)
+            raise self._broken(what, expected, short(found))
 
     def _broken(self, record: str, expected: object, found: object) -> CheckpointError:
         return CheckpointError(

@@ -19,6 +19,7 @@ from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensor, Storage
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN, StorageType, TypedStorage
+from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes
 
@@ -29,7 +30,11 @@ _ALIGNMENT = 64
 
 
 def _matches(source: Source) -> bool:
-    return source.head.startswith(b"PK\x03\x04") and _pickle_record(source.archive) is not None
+    if not source.head.startswith(b"PK\x03\x04"):
+        return False
+    record = _pickle_record(source.archive)
+    # TorchScript has its constants in a pickle of their own.
+    return record is not None and record.name.removesuffix("data.pkl") + "constants.pkl" not in source.archive.records
 
 
 def _open(source: Source) -> Opened:
@@ -87,8 +92,10 @@ def _read_pickle(archive: Archive, prefix: str) -> Any:
 
     def storage(identifier: tuple[Any, ...]) -> TypedStorage:
         kind, storage_type, key, _, count = identifier[:5]
-        if kind != "storage" or not isinstance(storage_type, StorageType) or not isinstance(count, int):
-            raise TypeError(f"a persistent id for {kind!r}")
+        if kind != "storage" or not isinstance(storage_type, StorageType) or type(count) is not int or count < 0:
+            raise TypeError(f"a persistent id for {short(kind)}")
+        if not isinstance(key, str):
+            raise TypeError(f"a storage whose key is a {type(key).__name__}")
         nbytes = count * storage_type.dtype.itemsize
         name = f"{prefix}data/{key}"
         if name not in storages:

@@ -81,6 +81,15 @@ class Contents:
         """One tensor."""
         tensor = self.source[key]
         check_tensor(key, tensor)
+        found = Spec(tuple(tensor.shape), tensor.dtype)
+        if isinstance(self.source, Checkpoint) and found != self.source.spec(key):
+            raise SaveError(
+                "a tensor is not what was announced",
+                key=key,
+                expected=self.source.spec(key),
+                found=found,
+                remedy="make the checkpoint's specs fit what it reads",
+            )
         return tensor.detach()
 
     def alias(self, key: str) -> Hashable | None:

@@ -97,3 +97,20 @@ def test_ties_are_state() -> None:
     loose.lm_head.weight = nn.Parameter(loose.embed.weight.detach().clone())
     with pytest.raises(AssertionError, match=r"\('embed.weight', 'lm_head.weight'\): should share memory"):
         assert_same_state(loose, tied)
+
+
+def test_torchao_unties_on_meta() -> None:
+    """A tie of a meta model cannot be kept: nothing of it is left when the file comes."""
+    arch = ARCHS["tied"]
+    with torch.device("meta"):
+        model = arch.build()
+    assert model.embed.weight is model.lm_head.weight
+    model = prepare_for("torchao-int8-int4", "tied")(model)
+    assert model.embed.weight is not model.lm_head.weight
+
+
+def test_requantized_embeddings_are_tied_by_memory_only() -> None:
+    """Two parameters, one memory: `deepcopy` unties them, and so may whoever moves one of them."""
+    model = prepare_for("eager-embedding", "tied")(ARCHS["tied"].make())
+    assert model.embed.weight is not model.lm_head.weight
+    assert model.embed.weight.data_ptr() == model.lm_head.weight.data_ptr()

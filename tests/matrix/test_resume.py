@@ -39,7 +39,8 @@ def trained(flow: str, name: str, steps: int = 2) -> nn.Module:
     native_calibration(model, batches)
     if FLOWS[flow].kind != "pt2e":
         model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    # A learned scale that a large step takes below zero is no state to resume from.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4 if flow == "torchao-learned" else 0.01)
     for batch in (batches * steps)[:steps]:
         optimizer.zero_grad()
         output = model(**batch) if isinstance(batch, dict) else model(batch)

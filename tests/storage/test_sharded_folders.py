@@ -109,7 +109,7 @@ def test_a_key_in_two_shards(tmp_path: Path) -> None:
 
 def test_a_key_that_is_in_another_shard(tmp_path: Path) -> None:
     shards(tmp_path)
-    path = index(tmp_path, {key: "model-1.safetensors" for key in TENSORS})
+    path = index(tmp_path, dict.fromkeys(TENSORS, "model-1.safetensors"))
     with pytest.raises(CheckpointError, match="not in the shard that the index names") as error:
         open_source(path)
     assert error.value.key == "b"

@@ -1,0 +1,83 @@
+"""Which checkpoint of a folder to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from qat_compat.errors import CheckpointError
+from qat_compat.storage import find_checkpoint, save
+
+
+def checkpoint(folder: Path, name: str, age: int) -> Path:
+    """A file that was written `age` seconds ago."""
+    path = folder / name
+    save({"w": torch.arange(64.0)}, path)
+    os.utime(path, (1_700_000_000 - age,) * 2)
+    return path
+
+
+def test_the_newest(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "epoch=1.pt", 30)
+    newest = checkpoint(tmp_path, "epoch=9.pt", 10)
+    checkpoint(tmp_path, "epoch=10.pt", 20)
+    checkpoint(tmp_path, "other.safetensors", 0)
+    assert find_checkpoint(tmp_path, "epoch=*.pt") == newest
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "temporary"])
+def test_incomplete_files_are_passed_over(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    older = checkpoint(tmp_path, "a.pt", 30)
+    newer = checkpoint(tmp_path, "b.pt", 10)
+    data = newer.read_bytes()
+    at = data.index(torch.arange(64.0).numpy().tobytes())
+    damaged = {
+        "cut": data[:-100],
+        "flipped": data[:at] + b"\1" + data[at + 1 :],
+        "empty": b"",
+        "text": b"not yet",
+        "temporary": data,
+    }[damage]
+    newer.write_bytes(damaged)
+    if damage == "temporary":
+        newer.rename(tmp_path / ".b.pt")
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path, "*") == older
+    assert ("b.pt is not complete" in caplog.text) == (damage != "temporary")
+
+
+def test_none_means_from_scratch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(tmp_path / "missing", "*.pt") is None
+    assert "training starts from scratch" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["sha256", "md5"])
+def test_a_sidecar_is_compared(tmp_path: Path, kind: str) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.pth")
+    digest = hashlib.new(kind, (tmp_path / "m.pth").read_bytes()).hexdigest()
+    sidecar = tmp_path / f"m.pth.{kind}"
+    sidecar.write_text(f"{digest.upper()}  m.pth\n")
+    assert find_checkpoint(tmp_path, "m*") == tmp_path / "m.pth"
+    sidecar.write_text("0" * len(digest))
+    assert find_checkpoint(tmp_path, "m*") is None
+    sidecar.write_text("later")
+    assert find_checkpoint(tmp_path, "m*") is None
+
+
+def test_the_configuration_is_in_the_name(tmp_path: Path) -> None:
+    small = checkpoint(tmp_path, "pretrain_32.pth", 0)
+    large = checkpoint(tmp_path, "pretrain_512_moe.pth", 0)
+    pattern = "pretrain_{hidden_size}*.pth"
+    assert find_checkpoint(tmp_path, pattern, config={"hidden_size": 512}) == large
+    assert find_checkpoint(tmp_path, pattern, config={"hidden_size": 32}) == small
+    with pytest.raises(CheckpointError, match="field") as error:
+        find_checkpoint(tmp_path, pattern, config={"layers": 2})
+    assert error.value.found == "hidden_size"
+    with pytest.raises(CheckpointError, match="pattern is malformed"):
+        find_checkpoint(tmp_path, "pretrain_{*.pth")

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
 from qat_compat.schema import UNKNOWN, Fused, Schema, Spec, Stage
@@ -38,6 +39,14 @@ class Evidence:
 
     by_host: Mapping[str, tuple[str, ...]]
     witness: str
+
+    @cached_property
+    def _by_form(self) -> dict[str, tuple[str, ...]]:
+        return {canonical(join_path(host, "_")): paths for host, paths in self.by_host.items() if paths}
+
+    def of(self, host: str) -> tuple[str, ...]:
+        """What the witness saw after `host`, under any wrappers."""
+        return self._by_form.get(canonical(join_path(host, "_")), ())
 
 
 @dataclass
@@ -292,11 +301,7 @@ def _choose(
 def _spoken(group: Fused, evidence: Sequence[Evidence], found: Match) -> tuple[tuple[str, ...], str]:
     """What the strongest witness that speaks says of a group."""
     voices = [(group.candidates, group.witness)] if group.candidates else []
-    host = canonical(join_path(group.host, "_"))
-    for one in evidence:
-        for name, paths in one.by_host.items():
-            if canonical(join_path(name, "_")) == host and paths:
-                voices.append((paths, one.witness))
+    voices += [(one.of(group.host), one.witness) for one in evidence if one.of(group.host)]
     certain = [voice for voice in voices if len(voice[0]) == 1]
     if len({voice[0][0] for voice in certain}) > 1:
         found.notes.append(

@@ -394,13 +394,15 @@ class Fixed(nn.Module):
 
 
 class Dynamic(nn.Module):
-    """Takes a branch by the data, so that no tracer can follow, and its names follow no convention.
+    """Does by the data what no tracer can follow, and its names follow no convention.
 
-    Which BN is whose can be told by their channels, if these differ, and by data.
+    A branch can be tried both ways. Of a number taken from a tensor nothing is known, and then only channels, if they
+    differ, or data tell which BN is whose.
     """
 
-    def __init__(self, last: int) -> None:
+    def __init__(self, last: int = 4, *, branch: bool = False) -> None:
         super().__init__()
+        self.branch = branch
         self.entry = nn.Conv2d(3, 4, 3, padding=1)
         self.b = nn.BatchNorm2d(last)
         self.exit = nn.Conv2d(4, last, 3, padding=1)
@@ -408,8 +410,12 @@ class Dynamic(nn.Module):
         self.fc = nn.Linear(last, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 1e6:  # first, so that not even a part of it is traced
-            x = x.clamp(-1, 1)
+        # First, so that not even a part of it is traced.
+        if self.branch:
+            if x.sum() > 1e6:
+                x = x.clamp(-1, 1)
+        else:
+            x = x / max(1.0, float(x.abs().max()) / 1e6)
         x = torch.relu(self.a(self.entry(x)))
         x = self.b(self.exit(x))
         return self.fc(x.mean((2, 3)))
@@ -576,7 +582,8 @@ _OWN = [
     _arch("functional", Functional, _images(), fuse=(("right", "right_bn"),)),
     _arch("unet", UNet, _images(), fuse=_DOUBLE),
     _arch("fixed", Fixed, _vector(6)),
-    _arch("dynamic", lambda: Dynamic(4), _images(), fuse=(("entry", "a"), ("exit", "b"))),
+    _arch("dynamic", Dynamic, _images(), fuse=(("entry", "a"), ("exit", "b"))),
+    _arch("branching", lambda: Dynamic(branch=True), _images(), fuse=(("entry", "a"), ("exit", "b"))),
     _arch("dynamic_channels", lambda: Dynamic(6), _images(), fuse=(("entry", "a"), ("exit", "b"))),
     _arch("partial", Partial, _images(), fuse=(("backbone.0", "backbone.1", "backbone.2"),), skip=("head",)),
     _arch("stubs", Stubs, _images(), fuse=(("conv", "bn"),)),

@@ -112,6 +112,7 @@ class ModelView:
     model: nn.Module
     modules: Mapping[str, nn.Module]
     slots: Mapping[str, Slot]
+    cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # what a framework worked out once
 
 
 @dataclass(frozen=True)

@@ -41,24 +41,55 @@ def is_exported(module: nn.Module) -> bool:
 
 def graphs_of(view: ModelView) -> dict[str, torch.fx.GraphModule]:
     """Path -> graph module, for those that call quantizers."""
-    return {
-        path: module
-        for path, module in view.modules.items()
-        if isinstance(module, torch.fx.GraphModule)
-        and any(is_fake_quant(child) or is_observer(child) for child in module.children())
-    }
+    found = view.cache.get("graphs")
+    if found is None:
+        found = view.cache["graphs"] = {
+            path: module
+            for path, module in view.modules.items()
+            if isinstance(module, torch.fx.GraphModule)
+            and any(is_fake_quant(child) or is_observer(child) for child in module.children())
+        }
+    graphs: dict[str, torch.fx.GraphModule] = found
+    return graphs
 
 
-def ancestors(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Every node that the value of `node` is computed from, in the graph's order."""
-    seen: set[torch.fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return [candidate for candidate in node.graph.nodes if candidate in seen] if seen else []
+class _Graph:
+    """What one pass over the nodes of a graph tells.
+
+    Args:
+        root: The graph module.
+    """
+
+    def __init__(self, root: torch.fx.GraphModule) -> None:
+        self.root = root
+        self.position: dict[torch.fx.Node, int] = {}
+        self.calls: dict[str, list[torch.fx.Node]] = {}  # target of a call_module -> its nodes
+        self.fed: set[torch.fx.Node] = set()  # nodes that depend on what the caller passes in
+        for index, node in enumerate(root.graph.nodes):
+            self.position[node] = index
+            if node.op == "call_module":
+                self.calls.setdefault(str(node.target), []).append(node)
+            if node.op == "placeholder" or any(above in self.fed for above in node.all_input_nodes):
+                self.fed.add(node)
+
+    def ancestors(self, node: torch.fx.Node) -> list[torch.fx.Node]:
+        """Every node that the value of `node` is computed from, in the graph's order."""
+        seen: set[torch.fx.Node] = set()
+        stack = list(node.all_input_nodes)
+        while stack:
+            current = stack.pop()
+            if current not in seen:
+                seen.add(current)
+                stack.extend(current.all_input_nodes)
+        return sorted(seen, key=self.position.__getitem__)
+
+
+def _graph(view: ModelView, path: str) -> _Graph:
+    key = f"graph:{path}"
+    if key not in view.cache:
+        view.cache[key] = _Graph(graphs_of(view)[path])
+    graph: _Graph = view.cache[key]
+    return graph
 
 
 def _fetch(root: nn.Module, target: str) -> Any:
@@ -119,25 +150,24 @@ class FX(TorchAO):
         root = view.modules[parent]
         if not isinstance(root, torch.fx.GraphModule) or leaf == "weight_fake_quant":
             return super()._quantizer(view, names, module)
-        inside = {name[len(parent) + 1 :] if parent else name for name in names}
-        nodes = [node for node in root.graph.nodes if node.op == "call_module" and node.target in inside]
+        graph = _graph(view, parent)
+        inside = [name[len(parent) + 1 :] if parent else name for name in names]
+        nodes = sorted((n for name in inside for n in graph.calls.get(name, ())), key=graph.position.__getitem__)
         if not nodes:
             return FakeQuant(names, module, f"unused:{names[0]}")
-        site = self._site(root, parent, nodes[0], ancestors(nodes[0]))
-        above = [ancestors(node) for node in nodes]
-        if any(a.op == "placeholder" for found in above for a in found):
-            return FakeQuant(names, module, site)
-        first, before = nodes[0], above[0]
+        first = nodes[0]
+        if any(node in graph.fed for node in nodes):
+            return FakeQuant(names, module, self._activation_site(parent, first))
+        above = graph.ancestors(first)
         axis = getattr(module, "ch_axis", -1)
-        shape = self._shape(root, first, before)
+        shape = self._shape(root, first, above)
         channels = shape[axis] if shape is not None and axis >= 0 else None
-        parameter, factor = self._parameter(root, parent, first)
-        return FakeQuant(names, module, site, lambda: evaluate(root, first, before), channels, parameter, factor)
+        parameter, factor = self._parameter(graph, parent, first)
+        site = self._weight_site(root, parent, first, above)
+        return FakeQuant(names, module, site, lambda: evaluate(root, first, above), channels, parameter, factor)
 
     @staticmethod
-    def _parameter(
-        root: torch.fx.GraphModule, parent: str, node: torch.fx.Node
-    ) -> tuple[str, Callable[[], Tensor] | None]:
+    def _parameter(graph: _Graph, parent: str, node: torch.fx.Node) -> tuple[str, Callable[[], Tensor] | None]:
         """The parameter that a data-free quantizer sees, and what it is multiplied by on the way."""
         producer = node.args[0]
         if not isinstance(producer, torch.fx.Node):
@@ -152,8 +182,8 @@ class FX(TorchAO):
             and arguments[0].op == "get_attr"
         ):
             by = arguments[1]
-            upstream = [*ancestors(by), by]
-            return join_path(parent, str(arguments[0].target)), lambda: evaluate_node(root, by, upstream)
+            upstream = [*graph.ancestors(by), by]
+            return join_path(parent, str(arguments[0].target)), lambda: evaluate_node(graph.root, by, upstream)
         return "", None
 
     @staticmethod
@@ -165,24 +195,27 @@ class FX(TorchAO):
             return tuple(_fetch(root, str(above[0].target)).shape)
         return None
 
-    def _site(self, root: torch.fx.GraphModule, parent: str, node: torch.fx.Node, above: list[torch.fx.Node]) -> str:
+    def _weight_site(
+        self, root: torch.fx.GraphModule, parent: str, node: torch.fx.Node, above: list[torch.fx.Node]
+    ) -> str:
+        shape = self._shape(root, node, above)
+        for candidate in above:
+            if candidate.op == "get_attr":
+                target = str(candidate.target)
+                value = _fetch(root, target)
+                if isinstance(value, nn.Parameter) and (shape is None or tuple(value.shape) == shape):
+                    return f"weight:{join_path(parent, split_path(target)[0])}"
+        return f"constant:{join_path(parent, str(getattr(node.args[0], 'target', node.target)))}"
+
+    @staticmethod
+    def _activation_site(parent: str, node: torch.fx.Node) -> str:
         producer = node.args[0]
         if not isinstance(producer, torch.fx.Node):
             return f"graph:{node.target}"
-        if not any(a.op == "placeholder" for a in above):
-            shape = self._shape(root, node, above)
-            for candidate in above:
-                if candidate.op == "get_attr":
-                    target = str(candidate.target)
-                    value = _fetch(root, target)
-                    if isinstance(value, nn.Parameter) and (shape is None or tuple(value.shape) == shape):
-                        return f"weight:{join_path(parent, split_path(target)[0])}"
-            return f"constant:{join_path(parent, str(producer.target))}"
         if producer.op == "placeholder":
             return f"input:{join_path(parent, str(producer.target))}"
-        if producer.op == "call_module":
-            return f"output:{join_path(parent, str(producer.target))}"
-        return f"output:{join_path(parent, producer.name)}"
+        name = str(producer.target) if producer.op == "call_module" else producer.name
+        return f"output:{join_path(parent, name)}"
 
     def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
         found = dict(super().chains(view, [h for h in hosts if not self._graph_above(view, h)]))

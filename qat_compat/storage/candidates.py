@@ -100,7 +100,8 @@ def _add(key: str, value: object, tensors: dict[str, LazyTensor], extra: dict[st
 
 
 def _flatten(key: str, tensor: Unreadable, tensors: dict[str, LazyTensor], extra: dict[str, Any]) -> None:
-    inner = {name: part for name, part in tensor.parts.items() if _tensor(part) is not None}
+    is_torchao = tensor.cls.startswith("torchao.")
+    inner = {name: part for name, part in tensor.parts.items() if is_torchao and _tensor(part) is not None}
     if not inner:
         raise CheckpointError(
             f"a tensor cannot be read: it is {tensor.what}",

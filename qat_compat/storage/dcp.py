@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["CONTAINER"]
 _METADATA = ".metadata"
 _LIGHTNING = "meta.pt"  # what Lightning keeps beside the shards: epoch, loops, hyper-parameters
 _PACKAGE = "torch.distributed.checkpoint."
+_MAX_BOXES = 4096  # of a tensor that is cut along several dimensions
 _FRESH_COPY = "the checkpoint is incomplete or corrupt; get a fresh copy of the whole folder"
 
 
@@ -106,7 +108,7 @@ class _Folder:
     def read_chunk(self, name: str, spec: Spec, chunk: _Chunk) -> Tensor:
         found = torch_zip.open_region(self.shard(chunk.shard), chunk.start, chunk.stop)
         if not isinstance(found, LazyTensor) or found.spec != spec:
-            raise self._bad(name, "a shard holds something else than the index says", spec, repr(found)[:80])
+            raise self._bad(name, "a shard holds something else than the index says", spec, short(found))
         return found.read()
 
     def _value(self, name: str, entry: object, chunks: list[_Chunk]) -> Any:
@@ -123,7 +125,7 @@ class _Folder:
             state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
         )
         if not isinstance(dtype, torch.dtype):
-            raise self._bad(name, "the index gives no dtype for a tensor", "a torch.dtype", repr(dtype))
+            raise self._bad(name, "the index gives no dtype for a tensor", "a torch.dtype", short(dtype))
         spec = Spec(self._sizes(name, fields.get("size")), dtype)
         return self._tensor(name, spec, fields.get("chunks"), chunks)
 
@@ -169,10 +171,12 @@ class _Folder:
                 or type(start) is not int
                 or type(length) is not int
             ):
-                raise self._bad(name, "the index is malformed", "a shard, an offset and a length", repr(what)[:80])
+                raise self._bad(
+                    short(name), "the index is malformed", "a name, a shard, an offset and a length", short(what)
+                )
             if what.get("transform_descriptors"):
                 raise self._bad(
-                    name, "the shards are compressed or encrypted", "plain shards", what["transform_descriptors"]
+                    name, "the shards are compressed or encrypted", "plain shards", short(what["transform_descriptors"])
                 )
             file = self.shard(shard)
             if start < 0 or length < 0 or start + length > file.size:
@@ -191,7 +195,7 @@ class _Folder:
 
     def _sizes(self, name: str, value: object) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**62 for n in value):
-            raise self._bad(name, "the index is malformed", "sizes", repr(value)[:80])
+            raise self._bad(name, "the index is malformed", "sizes", short(value))
         return tuple(value)
 
     def _bad(self, key: str | None, message: str, expected: object, found: object) -> CheckpointError:
@@ -234,14 +238,27 @@ def _listed(value: Any) -> Any:
 
 
 def _overlap(chunks: list[_Chunk]) -> bool:
+    """Whether two boxes share an element."""
+    if len(chunks) < 2:
+        return False
     boxes = sorted(chunks, key=lambda chunk: chunk.offsets)
-    for index, one in enumerate(boxes):
-        for other in boxes[index + 1 :]:
-            if one.offsets and other.offsets[0] >= one.offsets[0] + one.sizes[0]:
-                break
-            if all(
-                max(a, b) < min(a + m, b + n)
-                for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-            ):
-                return True
-    return False
+    axes = {axis for box in boxes for axis, at in enumerate(box.offsets) if at != boxes[0].offsets[axis]}
+    if len(axes) == 1:  # the usual case, a tensor cut along one dimension
+        (axis,) = axes
+        return any(
+            one.offsets[axis] + one.sizes[axis] > other.offsets[axis] for one, other in itertools.pairwise(boxes)
+        )
+    if len(boxes) > _MAX_BOXES:
+        raise LimitError(
+            "a tensor is cut into too many pieces",
+            expected=f"at most {_MAX_BOXES}",
+            found=len(boxes),
+            remedy="consolidate the checkpoint into one file first",
+        )
+    return any(
+        all(
+            max(a, b) < min(a + m, b + n)
+            for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+        )
+        for one, other in itertools.combinations(boxes, 2)
+    )

@@ -95,8 +95,8 @@ def save(
 
     The file is written beside its destination, brought to the disk and renamed, so that a crash leaves the old or the
     new one. Each tensor is written without its neighbours in memory, one at a time; tied tensors stay tied (.pt) or
-    are noted as tied in the record (.safetensors). Checksums are embedded, and compared when the file is read again. A
-    .pt file reads everywhere with `torch.load(path, weights_only=True)`.
+    are noted as tied in the record (.safetensors). The CRC-32 of each tensor is embedded, and compared when it is read
+    again. A .pt file reads everywhere with `torch.load(path, weights_only=True)`.
 
     Example:
         >>> import tempfile, torch

@@ -268,7 +268,7 @@ class _Writer:
         return _TensorRef(self._store(data, tensor.dtype), tuple(tensor.shape), stride, tensor.dtype)
 
     def _quantized(self, tensor: Tensor) -> _TensorRef:
-        tensor = tensor.contiguous()
+        tensor = tensor.cpu().contiguous()
         raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
         size = tensor.numel() * tensor.dtype.itemsize
         start = tensor.storage_offset() * tensor.dtype.itemsize

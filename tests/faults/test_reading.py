@@ -9,8 +9,8 @@ import random
 import struct
 import sys
 import tracemalloc
+import warnings
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -51,9 +52,8 @@ def archive(path: Path, data: bytes, records: dict[str, bytes] | None = None, **
 
 def call(module: str, name: str, *arguments: bytes, op: bytes = b"R") -> bytes:
     """Opcodes that call a global with arguments that are opcodes themselves."""
-    head = b"o" if op == b"o" else op
     if op == b"o":
-        return b"(" + f"c{module}\n{name}\n".encode() + b"".join(arguments) + head
+        return b"(" + f"c{module}\n{name}\n".encode() + b"".join(arguments) + op
     if op == b"i":
         return b"(" + b"".join(arguments) + f"i{module}\n{name}\n".encode()
     return f"c{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"t" + op
@@ -187,7 +187,6 @@ def test_a_compressed_record_of_a_gigabyte(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     data = b"\x80\x02}X\x01\0\0\0w" + _tensor(b"J\0\0\0\x10\x85", b"K\x01\x85", count=b"J\0\0\0\x10") + b"s."
     archive(path, data)
-    engine = zlib.compressobj(9, wbits=-15)
     chunk = bytes(1 << 24)
     with (
         zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as file,
@@ -196,7 +195,6 @@ def test_a_compressed_record_of_a_gigabyte(tmp_path: Path) -> None:
         for _ in range(64):
             record.write(chunk)
     assert path.stat().st_size < 2 << 20
-    assert engine is not None
     with pytest.raises(LimitError, match="inflate"):
         open_source(path)["w"]
 
@@ -292,10 +290,7 @@ MALFORMED = {
     "textual persistent id": b"P1\n.",
     "trailing bytes": b"\x80\x02}..",
     "rebuild of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.",
-    "dtype of a wrong type": b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n("
-    + _storage(b"K\x01")
-    + b"K\0)) N NN".replace(b" ", b"")
-    + b"tR.",
+    "dtype of a wrong type": b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(" + _storage(b"K\x01") + b"K\0))\x89NNtR.",
     "codec": b"\x80\x02c_codecs\nencode\nS'x'\nS'rot13'\n\x86R.",
     "set of lists": b"\x80\x02c__builtin__\nset\n]]a\x85R.",
     "buffer": b"\x80\x05\x97.",
@@ -378,6 +373,34 @@ def test_changed_bytes_never_raise_anything_else(
         read_all(tmp_path / "f")
     except CompatError as error:
         assert error.file == str(tmp_path / "f")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dcp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": dict(TENSORS), "epoch": 3, "groups": [{"lr": 0.1}]}, checkpoint_id=path, no_dist=True)
+    return path
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@fuzzing
+@given(seed=st.integers(0, 2**32))
+def test_changed_bytes_in_a_folder_of_shards(folder: Path, name: str, seed: int) -> None:
+    rng = random.Random(seed)
+    path = folder / name
+    whole = path.read_bytes()
+    data = bytearray(whole[: rng.choice((len(whole), rng.randrange(len(whole))))])
+    for _ in range(rng.choice((0, 1, 2, 8)) if data else 0):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    path.write_bytes(data)
+    try:
+        read_all(folder)
+    except CompatError as error:
+        assert str(folder) in str(error.file)
+    finally:
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("name", ["own.pt", "own.safetensors"])

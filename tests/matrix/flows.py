@@ -319,14 +319,16 @@ REFUSED: Mapping[tuple[str, str], tuple[str, str]] = {
     ("eager-x86", "bf16"): (_NO_BF16, "expected scalar type Float but found BFloat16"),
     ("fx-x86", "bf16"): (_NO_BF16, "expected scalar type Float but found BFloat16"),
     ("fx-x86", "transposed"): ("FX fuses every BN that it can see", "Fusing ConvTranspose.BatchNorm not yet supported"),
-    ("fx-x86", "dynamic"): (_NOT_TRACEABLE, "cannot be used as inputs to control flow"),
-    ("fx-x86", "dynamic_channels"): (_NOT_TRACEABLE, "cannot be used as inputs to control flow"),
+    ("fx-x86", "branching"): (_NOT_TRACEABLE, "cannot be used as inputs to control flow"),
+    ("fx-x86", "dynamic"): (_NOT_TRACEABLE, "float.. argument must be"),
+    ("fx-x86", "dynamic_channels"): (_NOT_TRACEABLE, "float.. argument must be"),
     ("fx-x86", "bert"): (_NOT_TRACEABLE, "does not support item assignment"),
     ("fx-x86", "hf_resnet"): (_NOT_TRACEABLE, "cannot be used as inputs to control flow"),
     ("fx-x86", "hf_mobilenet"): (_NOT_TRACEABLE, "int.. argument must be"),
     ("fx-x86", "llama"): (_NOT_TRACEABLE, "co_varnames is too small"),
     ("pt2e-x86", "bf16"): (_NO_BF16, "expected scalar type Float but found BFloat16"),
-    ("pt2e-x86", "dynamic"): ("torch.export cannot follow its branch", "Could not guard on data-dependent expression"),
+    ("pt2e-x86", "branching"): ("torch.export cannot choose a branch", "Could not guard on data-dependent expression"),
+    ("pt2e-x86", "dynamic"): ("torch.export cannot choose a maximum", "Could not guard on data-dependent expression"),
     ("pt2e-x86", "shared"): (
         "X86InductorQuantizer cannot partition a module that is called twice",
         "more than one output node",
@@ -335,7 +337,7 @@ REFUSED: Mapping[tuple[str, str], tuple[str, str]] = {
         ("torchao-int8-int4", name): (_GROUP, r"in_features .* must be == 0")
         for name in (
             *("unordered", "crossed", "linear_bn", "shared", "constants", "functional", "fixed", "partial"),
-            *("dynamic", "dynamic_channels"),
+            *("dynamic", "dynamic_channels", "branching"),
         )
     },
 }

@@ -139,3 +139,33 @@ def test_shards_without_their_index(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         open_source(folder)
     assert error.value.found == "shards of a distributed checkpoint without their .metadata"
+
+
+def cut(folder: Path, whole: torch.Tensor, boxes: list[tuple[slice, slice]]) -> Path:
+    """A folder that holds `whole` in the given boxes."""
+    write(folder, {str(number): whole[box].clone() for number, box in enumerate(boxes)})
+    index = metadata(folder)
+    places = {key.fqn: value for key, value in index.storage_data.items()}
+    entry = index.state_dict_metadata["0"]
+    starts = [tuple(part.start for part in box) for box in boxes]
+    entry.size = whole.shape
+    entry.chunks = [
+        ChunkStorageMetadata(torch.Size(start), whole[box].shape) for start, box in zip(starts, boxes, strict=True)
+    ]
+    index.state_dict_metadata, index.planner_data = {"w": entry}, {"w": ("w",)}
+    index.storage_data = {MetadataIndex("w", start, n): places[str(n)] for n, start in enumerate(starts)}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return folder
+
+
+def test_a_tensor_cut_along_both_dimensions(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    boxes = [(slice(r, r + 2), slice(c, c + 3)) for c in (0, 3) for r in (0, 2)]
+    assert torch.equal(open_source(cut(tmp_path / "four", whole, boxes))["w"], whole)
+    boxes[3] = (slice(2, 4), slice(1, 4))  # as large as the one that is missing, over another
+    with pytest.raises(CheckpointError, match="pieces"):
+        open_source(cut(tmp_path / "overlapping", whole, boxes))
+    with pytest.raises(CheckpointError, match="pieces"):
+        open_source(cut(tmp_path / "missing", whole, boxes[:3]))
+    columns = [(slice(0, 4), slice(c, c + 2)) for c in (4, 0, 2)]
+    assert torch.equal(open_source(cut(tmp_path / "columns", whole, columns))["w"], whole)

@@ -12,16 +12,16 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_compat.apply import Work, apply, rehearsal
-from qat_compat.calibrate import Data, Inputs, run_once
+from qat_compat.apply import Work, apply
+from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, calibrate, check_statistic, fingerprint
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
+from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import to_float
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.join import Goal, join, without
-from qat_compat.match import Evidence, Rename, canonical, match
+from qat_compat.match import Evidence, Match, Rename, canonical, match
 from qat_compat.plan import Keep, Plan, Synthesize
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
@@ -29,7 +29,6 @@ from qat_compat.schema import Schema
 from qat_compat.source import Source, SourceLike, hidden_state, open_any
 from qat_compat.storage import Checkpoint, save
 from qat_compat.text import collapse, shorten
-from qat_compat.trace import followers, watch_followers
 
 __all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
 
@@ -115,7 +114,7 @@ def plan_load(model: nn.Module, source: SourceLike, **options: Any) -> Plan:
     Returns:
         The plan; its `problems` say why it cannot be carried out, if it cannot.
     """
-    return _prepare(model, source, _Options(**options)).plan
+    return _prepare(model, source, _Options(**options), dry=True).plan
 
 
 @dataclass(frozen=True)
@@ -259,20 +258,14 @@ def _globs(value: Globs) -> Sequence[str]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def _prepare(model: nn.Module, source: SourceLike, options: _Options) -> _Prepared:
+def _prepare(model: nn.Module, source: SourceLike, options: _Options, *, dry: bool = False) -> _Prepared:
     check_statistic(options.statistic)
     opened = open_any(source, select=options.select)
     description = describe_model(model)
     data, saved, kind = _calibration(options.calibration)
     kept, ignored = without(opened.schema, _globs(options.drop))
     target = _with_float_model(description.schema, options.float_model)
-    evidence = _evidence(description, target, options.float_model)
-    found = match(kept, target, rename=options.rename, evidence=evidence)
-    if found.problems and data is not None and not callable(data) and target.fused:
-        first, data = _peek(data)
-        seen = _watch(description, target, first, options)
-        if seen:
-            found = match(kept, target, rename=options.rename, evidence=[*evidence, *seen])
+    found, data = _matched(opened, kept, target, description, data, options, dry)
     goal = Goal(_globs(options.keep), kind, saved.quantizers if saved is not None else frozenset())
     plan = join(
         kept,
@@ -288,6 +281,45 @@ def _prepare(model: nn.Module, source: SourceLike, options: _Options) -> _Prepar
     )
     plan = replace(plan, warnings=(*opened.checkpoint.notes, *plan.warnings, *_notes(plan, description, options)))
     return _Prepared(plan, opened, description, data, saved)
+
+
+def _matched(
+    opened: Source,
+    source: Schema,
+    target: Schema,
+    description: Description,
+    data: Data | None,
+    options: _Options,
+    dry: bool,
+) -> tuple[Match, Data | None]:
+    """Pair the names, asking the data only what nothing else could tell; the data still begins with its first batch.
+
+    A dry run takes no batch from an iterator and reads no tensor.
+    """
+    evidence: list[Evidence] = []
+    if options.float_model is not None:
+        evidence.append(from_float_model(options.float_model))
+    elif not description.quantizers and source.fused:
+        evidence.append(from_float_model(description.view.model))
+    found = match(source, target, rename=options.rename, evidence=evidence)
+    if not (found.options and target.fused) or data is None or callable(data):
+        return found, data
+    if dry and isinstance(data, Iterator):
+        return found, data
+    batch, data = _peek(data)
+    if batch is None:
+        return found, data
+    if found.problems:
+        evidence += from_forward(description, options.float_model, batch, options.inputs)
+        found = match(source, target, rename=options.rename, evidence=evidence)
+    if found.options and not dry:
+        guessed = {p: found.norms[p][0] for p in found.options if p in found.norms}
+        seen = from_statistics(description, found, found.options, opened.checkpoint.__getitem__, batch, options.inputs)
+        if found.problems:
+            found = match(source, target, rename=options.rename, evidence=[*evidence, seen])
+        hosts = {one.prefix: one.host for one in target.fused}
+        found.problems += contradictions(seen, guessed, hosts)
+    return found, data
 
 
 def _calibration(value: CalibrationLike) -> tuple[Data | None, Calibration | None, str]:
@@ -334,62 +366,6 @@ def _float_names(float_model: nn.Module | None) -> frozenset[str]:
         return frozenset()
     keys = describe_model(float_model).schema
     return frozenset(keys) | frozenset(map(canonical, keys))
-
-
-def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm)
-
-
-def _evidence(description: Description, target: Schema, float_model: nn.Module | None) -> list[Evidence]:
-    """What the float model's own trace says; a plain target is its own float model."""
-    model = float_model if float_model is not None else None if description.quantizers else description.view.model
-    if model is None or (float_model is None and target.fused):
-        return []
-    hosts = [path for path, module in model.named_modules() if path and _is_host(module)]
-    by_host = {host: chain[:1] for host, chain in followers(model, hosts, [], is_norm).items()}
-    return [Evidence(by_host, "trace of the float model")]
-
-
-def _is_host(module: nn.Module) -> bool:
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-
-
-def _watch(description: Description, target: Schema, batch: Any, options: _Options) -> list[Evidence]:
-    """Run one batch and see which emptied place each fused module's output goes to, and where in the float model."""
-    found: list[Evidence] = []
-    framework = description.framework
-    if batch is None or framework is None:
-        return found
-    model = description.view.model
-    hosts = [one.host for one in target.fused if one.host in description.view.modules]
-    with rehearsal(description), framework.evaluation(model) as call:
-        for quantizer in description.quantizers:
-            quantizer.hold()
-        chains = watch_followers(
-            lambda: run_once(call, model, batch, options.inputs, 0), model, hosts, lambda m: type(m) is nn.Identity
-        )
-    if chains:
-        found.append(Evidence(chains, "order of calls in a forward"))
-    if options.float_model is not None:
-        found.append(_watch_float(options.float_model, batch, options.inputs))
-    return found
-
-
-def _watch_float(float_model: nn.Module, batch: Any, inputs: Inputs | None) -> Evidence:
-    """Which normalization the float model calls on the output of each convolution or linear layer, for one batch."""
-    floating = describe_model(float_model)
-    hosts = [path for path, module in floating.view.modules.items() if path and _is_host(module)]
-    modes = [(module, module.training) for module in float_model.modules()]
-    try:
-        with rehearsal(floating):
-            float_model.eval()
-            chains = watch_followers(
-                lambda: run_once(float_model, float_model, batch, inputs, 0), float_model, hosts, is_norm
-            )
-    finally:
-        for module, training in modes:
-            module.training = training
-    return Evidence(chains, "order of calls in a forward of the float model")
 
 
 def _notes(plan: Plan, description: Description, options: _Options) -> list[str]:

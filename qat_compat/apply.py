@@ -263,12 +263,20 @@ def _preserved_random_state() -> Iterator[None]:
 
 
 @contextmanager
-def rehearsal(description: Description) -> Iterator[None]:
-    """Run the model on scratch copies of its buffers; afterwards everything is as it was, whatever happened."""
+def rehearsal(description: Description, values: Mapping[str, Callable[[], Tensor]] | None = None) -> Iterator[None]:
+    """Run the model on scratch copies of its buffers; afterwards everything is as it was, whatever happened.
+
+    Args:
+        description: The model.
+        values: Key -> reads the value that stands in for the model's own meanwhile.
+    """
     with _preserved_random_state(), torch.no_grad():
         transaction = _Transaction(description.view.model, description.view.slots)
         try:
             transaction.scratch()
+            for key, read in (values or {}).items():
+                slot = description.view.slots[key]
+                transaction.install(slot.key, read().to(slot.tensor.device, slot.tensor.dtype, copy=True))
             yield
         finally:
             transaction.roll_back()

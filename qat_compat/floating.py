@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
+from qat_compat.evidence import from_float_model
 from qat_compat.frameworks.base import plain_entry
 from qat_compat.join import join
 from qat_compat.match import Evidence, match, resolve_alone
@@ -21,7 +21,6 @@ from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.state import join_path, split_path
 from qat_compat.storage import Checkpoint
 from qat_compat.text import collapse, shorten
-from qat_compat.trace import followers
 
 __all__ = ["float_names", "to_float"]
 
@@ -208,9 +207,7 @@ def _like_source(like: Like) -> tuple[Source, list[Evidence]]:
             raise CompatError(
                 "like= is a prepared model", key="like", expected="the float model", found=side.schema.framework
             )
-        hosts = [p for p, m in like.named_modules() if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) and p]
-        chains = followers(like, hosts, [], lambda module: isinstance(module, _BatchNorm))
-        return side, [Evidence({h: c[:1] for h, c in chains.items()}, "trace of the float model")]
+        return side, [from_float_model(like)]
     if isinstance(like, (str, PathLike, Mapping)):
         return open_any(like), []
     unknown = {str(key): _unknown_entry(str(key)) for key in like}

@@ -58,6 +58,8 @@ class Match:
         norms: prefix of a fused normalization -> (its float module path, witness).
         problems: Ambiguities and collisions.
         contested: Keys of either side that a problem names already.
+        options: Prefix of a fused normalization whose name is open, or rests on convention alone -> module path of the
+            other side -> leaf -> key there.
         notes: Where witnesses disagreed.
     """
 
@@ -65,6 +67,7 @@ class Match:
     norms: dict[str, tuple[str, str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     contested: set[str] = field(default_factory=set)
+    options: dict[str, dict[str, Mapping[str, str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -269,24 +272,33 @@ def _choose(
         by_form.setdefault(canonical(join_path(path, "_")), []).append(path)
     chosen: dict[str, tuple[str, str]] = {}
     options: dict[str, tuple[list[str], str]] = {}
+    taken: set[str] = set()
     for group in groups:
         spoken, witness = _spoken(group, evidence, found)
         paths = list(dict.fromkeys(p for name in spoken for p in by_form.get(canonical(join_path(name, "_")), [])))
-        if spoken and len(spoken) == 1 and len(paths) == 1:
+        if len(spoken) == 1 and len(paths) == 1 and paths[0] not in taken:
             chosen[group.prefix] = (paths[0], witness)  # a shape that differs is reported where it is copied
+            taken.add(paths[0])
+        elif len(spoken) == 1 and not paths:
+            found.norms[group.prefix] = (spoken[0], witness)  # known, and missing
+            options[group.prefix] = ([], witness)
         elif spoken:
             options[group.prefix] = ([p for p in paths if _fits(group, pool[p])], witness)
-    taken = {path for path, _ in chosen.values()}
     rest = [group for group in groups if group.prefix not in chosen]
     undecided = _by_elimination(rest, options, pool, taken, chosen)
     silent = [group for group in undecided if group.prefix not in options]
-    _by_convention(silent, {p: t for p, t in pool.items() if p not in taken}, chosen)
-    for group in rest:
-        if group.prefix in chosen:
-            continue
-        left = [p for p in options.get(group.prefix, (list(pool), ""))[0] if p in pool and _fits(group, pool[p])]
-        left = [p for p in left if p not in {path for path, _ in chosen.values()}]
+    open_pool = {path: tensors for path, tensors in pool.items() if path not in taken}
+    _by_convention(silent, open_pool, chosen)
+    by_size: dict[int, list[str]] = {}
+    for path, tensors in open_pool.items():
+        for size in {spec.shape[0] for spec in tensors.values() if spec.shape}:
+            by_size.setdefault(size, []).append(path)
+    for group in undecided:
+        listed = options[group.prefix][0] if group.prefix in options else by_size.get(group.channels, [])
+        left = [path for path in listed if path in open_pool and _fits(group, open_pool[path])]
         if len(left) > 1:
+            found.options[group.prefix] = {path: keys_of[path] for path in left}
+        if len(left) > 1 and group.prefix not in chosen:
             detail = f"the normalization fused into {group.host} could be {_either(left[:6])}"
             remedy = (
                 "pass float_model= (like= the float model, for to_float), whose trace tells which,"

@@ -165,6 +165,10 @@ class Framework(ABC):
         """Keys of the prepared model that the float model's state_dict may lack by design, and why."""
         return {}
 
+    def before_norm(self, host: nn.Module, value: Tensor) -> Tensor | None:
+        """What a fused module hands to its normalization for one input, (N, C, ...); None where that is not known."""
+        return None
+
     def notes(self, view: ModelView, float_model: nn.Module | None) -> list[str]:
         """What a user of this model should know and the framework does not say."""
         return []

@@ -334,6 +334,18 @@ class TorchAO(Framework):
         channels: Any = norm.num_features
         return Fused(prefix, host, channels, tuple(tensors), candidates, "trace of the prepared model")
 
+    def before_norm(self, host: nn.Module, value: Tensor) -> Tensor | None:
+        owner: Any = host
+        if _is_fused_float(host):
+            first: Tensor = owner[0](value)
+            return first
+        if isinstance(host, nn.Linear):
+            return nn.functional.linear(value, host.weight, host.bias)
+        if hasattr(host, "_conv_forward"):
+            before: Tensor = owner._conv_forward(value, owner.weight, owner.bias)
+            return before
+        return None
+
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def owns_keys(self, view: KeyView) -> bool:

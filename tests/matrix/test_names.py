@@ -34,6 +34,17 @@ def test_two_norms_that_nothing_tells_apart() -> None:
         qc.to_float(model)
 
 
+@pytest.mark.parametrize("witness", ["model", "state_dict"])
+def test_channels_tell_where_a_trace_cannot(witness: str) -> None:
+    """The way back from a model that nothing can trace needs a `like=` with shapes, and says so."""
+    arch = ARCHS["dynamic_channels"]
+    model = prepare_for("eager-x86", "dynamic_channels")(_float("dynamic_channels"))
+    like = scramble(arch.make())
+    assert_same_state(qc.to_float(model, like=like if witness == "model" else like.state_dict()), arch.state())
+    with pytest.raises(qc.CompatError, match="like="):
+        qc.to_float(model)
+
+
 def test_convention_is_not_followed_against_the_trace() -> None:
     """bn1 does not belong to conv1, as every witness but its name says."""
     arch, prepare = ARCHS["crossed"], prepare_for("eager-x86", "crossed")

@@ -98,7 +98,7 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
 def _float_sites(source: Source) -> dict[str, str]:
     from qat_compat.floating import float_names
 
-    names, problems = float_names(source)
+    names, problems, _ = float_names(source)
     return names if not problems else {}
 
 

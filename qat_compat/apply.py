@@ -30,6 +30,10 @@ __all__ = ["Outcome", "Staged", "Work", "apply", "rehearsal", "stage"]
 
 Read = Callable[[str], Tensor]
 
+# observers may be frozen while weights train on, so a range can lag; no training moves a weight by the second factor
+_DRIFT_NOTED = 2.0
+_DRIFT_REFUSED = 16.0
+
 
 @dataclass
 class Staged:
@@ -405,4 +409,26 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             ],
             file=plan.source,
         )
-    return tuple(finding for q in description.quantizers if q.name in touched for finding in q.findings())
+    findings = [finding for q in description.quantizers if q.name in touched for finding in q.findings()]
+    return (*findings, *_stale(plan, description))
+
+
+def _stale(plan: Plan, description: Description) -> list[str]:
+    """Copied ranges of weight quantizers that do not belong to the weights they now stand beside."""
+    schema = description.schema
+    copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role is Role.MIN}
+    findings: list[str] = []
+    problems: list[Problem] = []
+    for quantizer in description.quantizers:
+        factor = quantizer.drift() if quantizer.name in copied else None
+        if factor is None or 1 / _DRIFT_NOTED < factor < _DRIFT_NOTED:
+            continue
+        detail = f"the weight reaches {factor:.3g} times the range that the source holds for it"
+        if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED:
+            findings.append(f"{quantizer.name}: {detail}")
+        else:
+            remedy = f"drop='{quantizer.name}.*' recomputes the range from the weight"
+            problems.append(Problem(ProblemKind.STALE, quantizer.name, detail, remedy))
+    if problems:
+        raise PlanError(problems, file=plan.source, summary="the source holds ranges of other weights")
+    return findings

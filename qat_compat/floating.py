@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
@@ -75,7 +75,7 @@ def to_float(
                 )
             ]
         )
-    layout = _layout_of(opened, like) if like is not None else _Layout(_own_names(opened))
+    layout = _layout_of(opened, like) if like is not None else _own_layout(opened)
     read = _reader(opened, weights)
     specs: dict[str, Spec] = {}
     for name, key in layout.names.items():
@@ -123,9 +123,9 @@ class _Layout:
     notes: tuple[str, ...] = ()
 
 
-def _own_names(source: Source) -> dict[str, str]:
-    """Float name -> source key, in the order of the float model as far as the source knows it."""
-    sites, problems = float_names(source)
+def _own_layout(source: Source) -> _Layout:
+    """The names that the source itself tells, in the order of the float model as far as the source knows it."""
+    sites, problems, notes = float_names(source)
     if problems:
         raise PlanError(
             problems, file=source.checkpoint.name, summary="the float names cannot be known from the source alone"
@@ -136,11 +136,11 @@ def _own_names(source: Source) -> dict[str, str]:
         parent = split_path(site)[0]
         first.setdefault(parent, position.get(parent, position.get(split_path(key)[0], len(position))))
     ordered = sorted(sites, key=lambda key: first[split_path(sites[key])[0]])
-    return {sites[key]: key for key in ordered}
+    return _Layout({sites[key]: key for key in ordered}, notes=tuple(notes))
 
 
-def float_names(source: Source) -> tuple[dict[str, str], list[Problem]]:
-    """Source key -> float name, for every tensor that the float model holds; and what cannot be known."""
+def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str]]:
+    """Source key -> float name, for every tensor that the float model holds; what cannot be known, and notes."""
     schema = source.schema
     found = resolve_alone(schema)
     sites: dict[str, str] = {}
@@ -157,19 +157,18 @@ def float_names(source: Source) -> tuple[dict[str, str], list[Problem]]:
             problems.append(Problem(ProblemKind.AMBIGUOUS, site, detail, "pass like= (the float model or its keys)"))
         taken[site] = key
         sites[key] = site
-    return sites, problems
+    return sites, problems, found.notes
 
 
 def _layout_of(source: Source, like: Like) -> _Layout:
     """The layout of `like`, filled from the source."""
     side, evidence = _like_source(like)
     found = match(source.schema, side.schema, evidence=evidence)
-    known = side.description.view.slots if side.description is not None else {}
     plan = join(
         source.schema,
         side.schema,
         found,
-        ties={key: slot.keys for key, slot in known.items() if len(slot.keys) > 1},
+        ties=_ties(side.checkpoint),
         alias=source.checkpoint.alias,
         names=(source.checkpoint.name, "like="),
     )
@@ -198,6 +197,16 @@ def _layout_of(source: Source, like: Like) -> _Layout:
     if only_names:
         return _Layout(names, notes=notes)
     return _Layout(names, {key: side.schema[key].dtype for key in names}, side.checkpoint, notes)
+
+
+def _ties(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Key -> every key of the same tensor, for tensors with several keys."""
+    groups: dict[Hashable, list[str]] = {}
+    for key in checkpoint:
+        memory = checkpoint.alias(key)
+        if memory is not None:
+            groups.setdefault(memory, []).append(key)
+    return {key: keys for keys in groups.values() if len(keys) > 1 for key in keys}
 
 
 def _like_source(like: Like) -> tuple[Source, list[Evidence]]:

@@ -288,7 +288,7 @@ def _choose(
     undecided = _by_elimination(rest, options, pool, taken, chosen)
     silent = [group for group in undecided if group.prefix not in options]
     open_pool = {path: tensors for path, tensors in pool.items() if path not in taken}
-    _by_convention(silent, open_pool, chosen)
+    _by_convention(silent, open_pool, chosen, found.notes)
     by_size: dict[int, list[str]] = {}
     for path, tensors in open_pool.items():
         for size in {spec.shape[0] for spec in tensors.values() if spec.shape}:
@@ -387,7 +387,10 @@ def _conventional(host: str) -> set[str]:
 
 
 def _by_convention(
-    groups: Sequence[Fused], pool: Mapping[str, Mapping[str, Spec]], chosen: dict[str, tuple[str, str]]
+    groups: Sequence[Fused],
+    pool: Mapping[str, Mapping[str, Spec]],
+    chosen: dict[str, tuple[str, str]],
+    notes: list[str],
 ) -> None:
     """Settle groups by name (`conv1`/`bn1`, `0`/`1` in a Sequential), if each of them finds exactly one partner."""
     by_skeleton: dict[str, list[str]] = {}
@@ -400,8 +403,13 @@ def _by_convention(
         if len(partners) != 1:
             return
         settled[group.prefix] = partners.pop()
-    if len(set(settled.values())) == len(settled):
+    if settled and len(set(settled.values())) == len(settled):
         chosen.update({prefix: (path, "naming convention") for prefix, path in settled.items()})
+        prefix, path = next(iter(settled.items()))
+        notes.append(
+            f"{len(settled)} fused normalization(s) are named by convention alone ({prefix} is {path}, ...);"
+            " a float model (float_model=, like=) would make it sure"
+        )
 
 
 def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
@@ -433,7 +441,7 @@ def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
         else:
             silent.append(group)
     taken = {path for path, _ in found.norms.values()}
-    _by_convention(silent, {path: {} for path in schema.places if path not in taken}, found.norms)
+    _by_convention(silent, {path: {} for path in schema.places if path not in taken}, found.norms, found.notes)
     for group in silent:
         if group.prefix not in found.norms:
             detail = f"fusion took the name of the normalization after {group.host}, and nothing here tells it"

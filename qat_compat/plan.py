@@ -83,10 +83,10 @@ class Plan:
         (1, 1, True)
         >>> print(plan)
         plan: <source> -> <target>
-          copy        1  wrapper prefix
-                           fc.weight
-          keep        1  keep=
-                           head.weight
+          copy          1  wrapper prefix: module.fc.weight -> fc.weight
+                            fc.weight
+          keep          1  keep=
+                            head.weight
 
     Args:
         steps: In the order of the target, then of the source keys left over.
@@ -178,9 +178,15 @@ def grouped(steps: Iterable[Step]) -> Mapping[tuple[str, str], list[str]]:
 def body(plan: Plan, *, lines_per_group: int = 8) -> list[str]:
     """The lines of a plan below its title: steps collapsed, warnings, problems."""
     lines: list[str] = []
+    renamed = {
+        ("copy", step.witness): f": {step.source} -> {step.key}"
+        for step in reversed(plan.steps)
+        if isinstance(step, Copy) and step.source != step.key
+    }
     for (kind, reason), keys in grouped(plan.steps).items():
-        lines.append(f"  {kind:<10} {len(keys):>2}  {reason}")
-        lines += [f"{'':<19}{name}" for name in shorten(collapse(keys), lines_per_group)]
+        example = renamed.get((kind, reason), "")
+        lines.append(f"  {kind:<10} {len(keys):>4}  {reason}{example}")
+        lines += [f"{'':<20}{name}" for name in shorten(collapse(keys), lines_per_group)]
     lines += [f"  warning: {text}" for text in shorten(plan.warnings, 12)]
     lines += [f"  problem: {text}" for text in shorten([str(p) for p in plan.problems], 24)]
     return lines

@@ -88,6 +88,10 @@ class Quantizer(ABC):
         """What is sound and should still be known: a constant input, say."""
         return ()
 
+    def drift(self) -> float | None:
+        """How many times larger the tensor that a weight quantizer sees is than the range it holds; None if unknown."""
+        return None
+
     def restore(self, leaf: str, value: Tensor) -> None:
         """Take a value that the model's state_dict does not hold."""
         raise NotImplementedError(f"{type(self.module).__name__} has no hidden state {leaf}")

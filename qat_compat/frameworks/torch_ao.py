@@ -69,6 +69,9 @@ _OLD_BN_LEAVES = {
     "num_batches_tracked": "num_batches_tracked",
 }  # fmt: skip
 
+# a fused kernel and the Python formula differ in the last bits; another grid differs by a factor near 2
+_SCALE_TOLERANCE = 0.05
+
 _QUANTIZER = re.compile(r"(?:^|\.)(weight_fake_quant|activation_post_process(?:_\d+)?)(?=\.)")
 
 
@@ -232,10 +235,30 @@ class FakeQuant(Quantizer):
 
     def findings(self) -> Iterable[str]:
         ranges = self.ranges()
-        if len(ranges) == 2 and not self._untouched():
-            flat = int((ranges[0] == ranges[1]).sum())
-            if flat:
-                yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
+        if len(ranges) != 2 or self._untouched():
+            return
+        flat = int((ranges[0] == ranges[1]).sum())
+        if flat:
+            yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
+        if self.needs is not Needs.DATA or not hasattr(self.module, "scale") or hasattr(self.observer, "histogram"):
+            return
+        scale, _ = self._calculate_qparams()
+        held: Any = self.module.scale
+        if held.shape == scale.shape and bool(((held / scale - 1).abs() > _SCALE_TOLERANCE).any()):
+            yield (
+                f"{self.name}: scale {float(held.flatten()[0]):.6g} is not what its range gives on this grid"
+                f" ({float(scale.flatten()[0]):.6g}): the source had another quantization grid, or never updated it"
+            )
+
+    def drift(self) -> float | None:
+        ranges = self.ranges()
+        if self.source is None or len(ranges) != 2 or self._untouched():
+            return None
+        seen = float(torch.stack([value.abs().max() for value in ranges]).max())
+        with torch.no_grad():
+            low, high = torch.aminmax(self.source())
+        now = max(-float(low), float(high))
+        return now / seen if seen > 0 and now > 0 else None
 
 
 def quantized_weight(module: nn.Module) -> Tensor:

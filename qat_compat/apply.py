@@ -22,6 +22,7 @@ from qat_compat.calibrate import Data, Inputs, drive, observe_weights
 from qat_compat.errors import PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.match import canonical
+from qat_compat.memory import copy_all, empty_like_spec
 from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.state import Slot, split_path
@@ -84,9 +85,10 @@ def stage(plan: Plan, work: Work) -> Staged:
     staged = Staged()
     problems: list[Problem] = []
     origin: dict[str, str] = {}
+    copies: list[tuple[Tensor, Tensor]] = []
     for step in plan.steps:
         if isinstance(step, Copy):
-            _stage_one(step.key, step.source, work, schema[step.key].role, slots, staged, origin, problems)
+            _stage_one(step.key, step.source, work, schema[step.key].role, slots, staged, origin, copies, problems)
             work.advance("read")
         elif isinstance(step, Synthesize) and step.how is How.RECORD:
             value = work.saved[canonical(step.key)]
@@ -97,6 +99,7 @@ def stage(plan: Plan, work: Work) -> Staged:
                 staged.tensors[slot.key] = value.to(slot.tensor.device, slot.tensor.dtype, copy=True)
     if problems:
         raise PlanError(problems, file=plan.source)
+    copy_all(copies)
     return staged
 
 
@@ -108,6 +111,7 @@ def _stage_one(
     slots: Mapping[str, Slot],
     staged: Staged,
     origin: dict[str, str],
+    copies: list[tuple[Tensor, Tensor]],
     problems: list[Problem],
 ) -> None:
     if role is Role.EXTRA:
@@ -139,11 +143,10 @@ def _stage_one(
     if work.inplace and slot.is_parameter and target.device.type != "meta":
         staged.in_place[slot.key] = value
         return
-    if value.shape == target.shape and target.device.type != "meta":
-        fresh = torch.empty_like(target, requires_grad=False)
-    else:
-        fresh = torch.empty(value.shape, dtype=target.dtype, device=device)
-    staged.tensors[slot.key] = fresh.copy_(value)
+    like = target if target.device.type != "meta" else None
+    fresh = empty_like_spec(tuple(value.shape), target.dtype, device, like)
+    staged.tensors[slot.key] = fresh
+    copies.append((fresh, value))
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
@@ -303,8 +306,7 @@ def apply(plan: Plan, work: Work) -> Outcome:
             for key, value in staged.tensors.items():
                 slot = transaction.slots[key]
                 transaction.install(key, value if slot.is_parameter else value.clone())
-            for key, value in staged.in_place.items():
-                transaction.slots[key].tensor.data.copy_(value)
+            copy_all((transaction.slots[key].tensor.data, value) for key, value in staged.in_place.items())
             _set_extra(description, staged)
             batches = _synthesize(plan, work)
             _set_hidden(description, staged)

@@ -16,10 +16,11 @@ from torch import nn
 from qat_compat.apply import Work, apply
 from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, calibrate, check_statistic, fingerprint
-from qat_compat.errors import CalibrationError, PlanError, ProblemKind
+from qat_compat.errors import CalibrationError, CompatError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import to_float
 from qat_compat.frameworks import Description, describe_model
+from qat_compat.isolation import paused_collector
 from qat_compat.join import Goal, join, without
 from qat_compat.match import Evidence, Match, Rename, canonical, match
 from qat_compat.plan import Keep, Plan, Synthesize
@@ -114,7 +115,8 @@ def plan_load(model: nn.Module, source: SourceLike, **options: Any) -> Plan:
     Returns:
         The plan; its `problems` say why it cannot be carried out, if it cannot.
     """
-    return _prepare(model, source, _Options(**options), dry=True).plan
+    with paused_collector():
+        return _prepare(model, source, _Options(**options), dry=True).plan
 
 
 @dataclass(frozen=True)
@@ -210,20 +212,22 @@ def load_checkpoint(
     options = _Options(
         calibration, inputs, select, float_model, rename, keep, drop, statistic, inplace, mmap, device, progress
     )
-    ready = _prepare(model, source, options)
+    with paused_collector():
+        ready = _prepare(model, source, options)
     _raise_problems(ready.plan)
     totals: dict[str, int | None] = {"read": ready.plan.copied, "calibrate": _length(calibration)}
     with progress_bars(progress, totals) as advance:
         work = Work(
             ready.description,
             ready.source.checkpoint.__getitem__,
+            name=ready.source.checkpoint.name,
             data=ready.data,
             inputs=inputs,
             statistic=statistic,
             saved=ready.saved.tensors if ready.saved is not None else {},
             inplace=inplace,
             mmap=mmap,
-            device=torch.device(device) if device is not None else None,
+            device=_device(device),
             advance=advance,
         )
         outcome = apply(ready.plan, work)
@@ -258,7 +262,40 @@ def _globs(value: Globs) -> Sequence[str]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _device(value: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if value is None else torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise CompatError(f"no such device: {error}", key="device", found=repr(value)) from error
+
+
+def _check_options(model: object, options: _Options) -> None:
+    """Say which argument is not what it should be, before anything else happens."""
+    rows: list[tuple[str, object, bool, str]] = [
+        ("model", model, isinstance(model, nn.Module), "a module (load_checkpoint(model, source))"),
+        (
+            "float_model",
+            options.float_model,
+            options.float_model is None or isinstance(options.float_model, nn.Module),
+            "the unprepared module",
+        ),
+        ("inputs", options.inputs, options.inputs is None or callable(options.inputs), "callable(batch)"),
+    ]
+    for name in ("keep", "drop"):
+        value = getattr(options, name)
+        fine = isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(v, str) for v in value))
+        rows.append((name, value, fine, "a glob or a list of globs"))
+    pairs = options.rename
+    fine = isinstance(pairs, Sequence) and not isinstance(pairs, str)
+    fine = fine and all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
+    rows.append(("rename", pairs, fine, "a list of (pattern, replacement) pairs"))
+    for name, value, fine, expected in rows:
+        if not fine:
+            raise CompatError(f"{name} is not what it should be", key=name, expected=expected, found=repr(value)[:80])
+
+
 def _prepare(model: nn.Module, source: SourceLike, options: _Options, *, dry: bool = False) -> _Prepared:
+    _check_options(model, options)
     check_statistic(options.statistic)
     opened = open_any(source, select=options.select)
     description = describe_model(model)
@@ -266,7 +303,8 @@ def _prepare(model: nn.Module, source: SourceLike, options: _Options, *, dry: bo
     kept, ignored = without(opened.schema, _globs(options.drop))
     target = _with_float_model(description.schema, options.float_model)
     found, data = _matched(opened, kept, target, description, data, options, dry)
-    goal = Goal(_globs(options.keep), kind, saved.quantizers if saved is not None else frozenset())
+    recorded = {key: tuple(value.shape) for key, value in saved.tensors.items()} if saved is not None else {}
+    goal = Goal(_globs(options.keep), kind, recorded)
     plan = join(
         kept,
         target,

@@ -8,19 +8,18 @@ included.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qat_compat.calibrate import Data, Inputs, drive, observe_weights
-from qat_compat.errors import PlanError, Problem, ProblemKind, QParamError
+from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
+from qat_compat.isolation import preserved_random_state
 from qat_compat.match import canonical
 from qat_compat.memory import copy_all, empty_like_spec
 from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
@@ -53,6 +52,7 @@ class Work:
 
     description: Description
     read: Read
+    name: str = "<source>"
     data: Data | None = None
     inputs: Inputs | None = None
     statistic: str = "native"
@@ -117,17 +117,17 @@ def _stage_one(
     if role is Role.EXTRA:
         staged.extra[key] = work.read(source)
         return
+    value = _read(work, source)
     slot = slots.get(key)
     if slot is None:
-        staged.hidden[key] = work.read(source).clone()
+        staged.hidden[key] = value.clone()
         return
     if slot.key in origin:
-        if origin[slot.key] != source and not _equal(work.read(origin[slot.key]), work.read(source)):
+        if origin[slot.key] != source and not _equal(_read(work, origin[slot.key]), value):
             detail = f"{origin[slot.key]} and {source} differ, and the model ties {' and '.join(slot.keys[:2])}"
             problems.append(Problem(ProblemKind.MISMATCHED, key, detail, f"drop={source!r} keeps the other one"))
         return
     origin[slot.key] = source
-    value = work.read(source)
     target = slot.tensor
     device = target.device if target.device.type != "meta" else work.device or torch.device("cpu")
     if value.dtype != target.dtype:
@@ -147,6 +147,29 @@ def _stage_one(
     fresh = empty_like_spec(tuple(value.shape), target.dtype, device, like)
     staged.tensors[slot.key] = fresh
     copies.append((fresh, value))
+
+
+def _read(work: Work, source: str) -> Tensor:
+    """One tensor with memory of its own; whatever goes wrong is a :class:`CheckpointError`."""
+    try:
+        value = work.read(source)
+    except CompatError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the tensor cannot be read: {type(error).__name__}: {error}", file=work.name, key=source
+        ) from error
+    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+        kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+        raise CheckpointError(
+            "the tensor holds no plain values",
+            file=work.name,
+            key=source,
+            expected="a dense tensor with data",
+            found=f"a {kind} tensor",
+            remedy="save a dense, dequantized tensor under this name, or drop= it",
+        )
+    return value
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
@@ -179,6 +202,9 @@ def _cast_loss(value: Tensor, dtype: torch.dtype) -> _Loss | None:
     back = cast.to(value.dtype)
     changed = int((back != value).sum())
     if dtype.is_floating_point and not value.is_complex():
+        lost = int((~torch.isfinite(cast)).sum())
+        if lost:
+            return _Loss(f"{lost} of {value.numel()} values overflow from {names}", True)
         return _Loss(f"{changed} of {value.numel()} values rounded from {names}", False) if changed else None
     return _Loss(f"{changed} of {value.numel()} values cannot be held after {names}", True) if changed else None
 
@@ -256,20 +282,6 @@ class _Transaction:
 
 
 @contextmanager
-def _preserved_random_state() -> Iterator[None]:
-    """Random state of torch (every device in use), numpy and Python as before, whatever happens inside."""
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if in_use else []
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextmanager
 def rehearsal(description: Description, values: Mapping[str, Callable[[], Tensor]] | None = None) -> Iterator[None]:
     """Run the model on scratch copies of its buffers; afterwards everything is as it was, whatever happened.
 
@@ -277,7 +289,7 @@ def rehearsal(description: Description, values: Mapping[str, Callable[[], Tensor
         description: The model.
         values: Key -> reads the value that stands in for the model's own meanwhile.
     """
-    with _preserved_random_state(), torch.no_grad():
+    with preserved_random_state(), torch.no_grad():
         transaction = _Transaction(description.view.model, description.view.slots)
         try:
             transaction.scratch()
@@ -298,7 +310,7 @@ def apply(plan: Plan, work: Work) -> Outcome:
         QParamError: A scale or zero_point that no quantizer can use.
     """
     description = work.description
-    with _preserved_random_state(), torch.no_grad():
+    with preserved_random_state(), torch.no_grad():
         staged = stage(plan, work)
         transaction = _Transaction(description.view.model, description.view.slots)
         try:
@@ -321,7 +333,16 @@ def apply(plan: Plan, work: Work) -> Outcome:
 
 def _set_extra(description: Description, staged: Staged) -> None:
     for key, value in staged.extra.items():
-        description.view.modules[split_path(key)[0]].set_extra_state(value)
+        module = description.view.modules[split_path(key)[0]]
+        try:
+            module.set_extra_state(value)
+        except Exception as error:
+            raise CompatError(
+                f"{type(module).__name__}.set_extra_state refuses what the source holds: {error}",
+                key=key,
+                found=type(value).__name__,
+                remedy=f"drop={key!r} ignores it",
+            ) from error
 
 
 def _set_hidden(description: Description, staged: Staged) -> None:

@@ -108,17 +108,22 @@ def _describe(batch: Any) -> str:
 
 @contextmanager
 def _watched(
-    quantizers: Sequence[Quantizer], seen: set[str], histograms: Mapping[str, RangeHistogram]
+    quantizers: Sequence[Quantizer],
+    seen: set[str],
+    histograms: Mapping[str, RangeHistogram],
+    number: list[int | None],
 ) -> Iterator[None]:
     """Note which quantizers are handed a tensor with something in it; collect histograms where they are asked for."""
     handles = []
     for quantizer in quantizers:
 
-        def hook(_module: nn.Module, args: Any, name: str = quantizer.name) -> None:
+        def hook(_module: nn.Module, args: Any, quantizer: Quantizer = quantizer) -> None:
             if args and isinstance(args[0], Tensor) and args[0].numel():
-                seen.add(name)
-                if name in histograms:
-                    histograms[name].add(args[0].detach())
+                seen.add(quantizer.name)
+                if quantizer.hides_infinity() and not bool(torch.isfinite(args[0]).all()):
+                    raise _not_finite([quantizer.name], number[0])
+                if quantizer.name in histograms:
+                    histograms[quantizer.name].add(args[0].detach())
 
         handles.append(quantizer.module.register_forward_pre_hook(hook))
     try:
@@ -154,6 +159,14 @@ def drive(
         CalibrationError: No batch, a forward that raises, NaN or inf in an activation, a quantizer that never ran.
     """
     model = description.view.model
+    rigid = [q.name for q in chosen if statistic != "native" and q.needs is Needs.DATA and not q.takes_range()]
+    if rigid:
+        raise CalibrationError(
+            f"{len(rigid)} quantizer(s) choose their own range",
+            key=", ".join(shorten(collapse(rigid), 4)),
+            expected="statistic='native'",
+            found=f"statistic={statistic!r}",
+        )
     seen: set[str] = set()
     histograms = {q.name: RangeHistogram() for q in chosen if statistic != "native" and q.needs is Needs.DATA}
     for quantizer in description.quantizers:
@@ -162,25 +175,32 @@ def drive(
         quantizer.listen()
     assert description.framework is not None
     count = 0
+    number: list[int | None] = [None]  # of the batch that is running
     with (
         torch.no_grad(),
         warnings.catch_warnings(),
         description.framework.evaluation(model) as call,
-        _watched(chosen, seen, histograms),
+        _watched(chosen, seen, histograms, number),
     ):
         warnings.simplefilter("ignore", UserWarning)
         if callable(data):
             _call_user(data, call)
             _check_finite(chosen, seen, None)
         else:
-            for batch in data:
-                run_once(call, model, batch, inputs, count)
+            for batch in _batches(data):
+                number[0] = count
+                try:
+                    run_once(call, model, batch, inputs, count)
+                except CalibrationError:
+                    _check_finite(chosen, seen, count)  # NaN makes many forwards fail; it is the better word then
+                    raise
                 _check_finite(chosen, seen, count)
                 count += 1
                 advance()
     if not seen:
+        ran = count or callable(data)
         raise CalibrationError(
-            "the calibration data held no batch" if not count else "no quantizer ran on the calibration data",
+            "no quantizer ran on the calibration data" if ran else "the calibration data held no batch",
             expected="at least one batch with at least one element",
             found=f"{count} batches",
             remedy="pass a non-empty iterable; a generator can be consumed only once",
@@ -193,6 +213,22 @@ def drive(
         if quantizer.name in histograms:
             quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
     return count
+
+
+def _batches(data: Iterable[Any]) -> Iterator[Any]:
+    """The batches; what a data loader raises is an error of the data, not of the model."""
+    iterator = iter(data)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise CalibrationError(
+                f"the calibration data raised {type(error).__name__} while it was read: {error}",
+                remedy="iterate over it once without the model to see why",
+            ) from error
+        yield batch
 
 
 def _call_user(data: Callable[[nn.Module], Any], call: Callable[..., Any]) -> None:
@@ -213,9 +249,12 @@ def _check_finite(chosen: Sequence[Quantizer], seen: set[str], number: int | Non
     flags = torch.stack([torch.isfinite(value).all() for _, value in found])
     if bool(flags.all()):
         return
-    names = [q.name for (q, _), fine in zip(found, flags.tolist(), strict=True) if not fine]
+    raise _not_finite([q.name for (q, _), fine in zip(found, flags.tolist(), strict=True) if not fine], number)
+
+
+def _not_finite(names: Sequence[str], number: int | None) -> CalibrationError:
     where = "" if number is None else f" in calibration batch {number}"
-    raise CalibrationError(
+    return CalibrationError(
         f"NaN or inf reached {len(set(names))} quantizer(s){where}",
         key=names[0],
         expected="finite values",

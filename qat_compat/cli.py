@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from qat_compat.api import open_checkpoint, plan_load, save_checkpoint, to_float
-from qat_compat.errors import CompatError, PlanError
+from qat_compat.errors import CompatError, PlanError, ProblemKind
+from qat_compat.match import canonical
 from qat_compat.report import fit, write_page
 from qat_compat.schema import Spec, Stage
 from qat_compat.storage import Checkpoint
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ...     status = main(["diff", f"{folder}/a.pt", f"{folder}/b.pt"])
         spec       float32[2] -> float32[3]
                    fc.weight
-        A and B differ: 1 spec; 0 of 1 common keys are alike
+        A and B differ: 1 spec; of 1 key in common, 0 are alike
         >>> status
         1
     """
@@ -69,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qat-compat", description="Checkpoints for quantization-aware training.")
+    parser = argparse.ArgumentParser(
+        prog="qat-compat",
+        description="Checkpoints for quantization-aware training.",
+        epilog="Exit status: 0 for yes, 1 for no (files differ, a plan has problems), 2 for an error.",
+    )
     parser.add_argument("--version", action="version", version=f"qat-compat {version('qat-compat')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     select = argparse.ArgumentParser(add_help=False)
@@ -108,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--calibration",
         metavar="HOW",
-        default="batches",
-        help="where activation ranges will come from: batches (default), defer, none, or a saved calibration's path",
+        help="where activation ranges will come from: batches (default, if any are needed), defer, none, or the path "
+        "of a saved calibration",
     )
     plan.add_argument("--html", metavar="PATH", help="write the plan as a page, too")
     plan.set_defaults(run=_plan)
@@ -148,13 +152,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
         ("tensors", f"{len(specs):,}, {numbers:,} numbers" + (f"; {tied} tied to another" if tied else "")),
         ("dtypes", ", ".join(f"{name} ({count})" for name, count in dtypes.most_common())),
         ("size", _size(_bytes(checkpoint))),
-        *[("beside", ", ".join(map(str, checkpoint.metadata)))][: bool(checkpoint.metadata)],
-        *[("note", note) for note in checkpoint.notes],
     ]
+    if checkpoint.metadata:
+        rows.append(("beside", ", ".join(map(str, checkpoint.metadata))))
+    rows += [("note", note) for note in checkpoint.notes]
     console = _console()
     console.print(Text(checkpoint.name, style="bold"), soft_wrap=True)
     console.print(Padding(_columns([(Text(name, style="dim"), value) for name, value in rows]), (0, 0, 1, 2)))
-    table = _columns([(name, str(spec)) for name, spec in _collapsed(specs)])
+    room = console.width - 4 - max([0, *(len(str(spec)) for spec in specs.values())])
+    table = _columns([(fit(name, max(room, 20)), str(spec)) for name, spec in _collapsed(specs)])
     console.print(Padding(table, (0, 0, 0, 2)))
     return 0
 
@@ -188,14 +194,12 @@ def _dtype(spec: Spec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _size(count: int) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            break
-        count, last = count // 1024, count
-    else:
-        return f"{last / 1024:.1f} GiB"
-    return f"{count} bytes" if unit == "bytes" else f"{last / 1024:.1f} {unit}"
+def _size(count: float) -> str:
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if units[0] == "bytes" else f"{count:.1f} {units[0]}"
 
 
 def _collapsed(specs: dict[str, Spec]) -> list[tuple[str, Spec]]:
@@ -225,7 +229,7 @@ def _to_float(arguments: argparse.Namespace) -> int:
     save_checkpoint(checkpoint, arguments.out, backup=arguments.backup)
     console = _console()
     for note in checkpoint.notes:
-        console.print(f"note: {note}")
+        console.print(fit(f"note: {note}", console.width), soft_wrap=True)
     console.print(f"{arguments.out}: {_count(len(checkpoint), 'float tensor')}, {_size(_bytes(checkpoint))}")
     return 0
 
@@ -235,18 +239,22 @@ def _to_float(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     a, b = _float_pair(arguments.a, arguments.b, arguments.select)
-    common = [key for key in a if key in b]
+    left, right, bare = _names(a, b)
+    common = [name for name in left if name in right]
     groups: dict[tuple[str, str], list[str]] = {}
-    for name, mine, other in (("only in A", a, b), ("only in B", b, a)):
-        for key in mine:
-            if key not in other:
-                groups.setdefault((name, ""), []).append(key)
-    for key in common:
-        if a.spec(key) != b.spec(key):
-            groups.setdefault(("spec", f"{a.spec(key)} -> {b.spec(key)}"), []).append(key)
-        elif arguments.values and (difference := _difference(a[key], b[key])):
-            groups.setdefault(("values", difference), []).append(key)
+    for side, mine, other in (("only in A", left, right), ("only in B", right, left)):
+        for name in mine:
+            if name not in other:
+                groups.setdefault((side, ""), []).append(name)
+    for name in common:
+        before, after = a.spec(left[name]), b.spec(right[name])
+        if before != after:
+            groups.setdefault(("spec", f"{before} -> {after}"), []).append(name)
+        elif arguments.values and (difference := _difference(a[left[name]], b[right[name]])):
+            groups.setdefault(("values", difference), []).append(name)
     console = _console()
+    if bare:
+        console.print("names are compared without wrapper prefixes")
     for (name, detail), keys in groups.items():
         if detail:
             console.print(f"{name:<9}  {detail}")
@@ -257,7 +265,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     for (name, _), keys in groups.items():
         counts[name] += len(keys)
     alike = len(common) - counts["spec"] - counts["values"]
-    total = f"{alike} of {_count(len(common), 'common key')} are alike"
+    total = f"of {_count(len(common), 'key')} in common, {alike:,} {'is' if alike == 1 else 'are'} alike"
     if not groups:
         what = "keys, shapes, dtypes and values" if arguments.values else "keys, shapes and dtypes"
         console.print(f"A and B have the same {what}: {_count(len(common), 'float tensor')}")
@@ -283,7 +291,19 @@ def _float_pair(a: str, b: str, select: str | None) -> tuple[Checkpoint, Checkpo
     return pair[0], pair[1]
 
 
-def _difference(a: Tensor, b: Tensor) -> str:
+def _names(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, str], dict[str, str], bool]:
+    """Name -> key of either side, and whether names are keys without wrapper prefixes (`module.conv` is `conv`).
+
+    They are where that makes more names common, and no two keys of one side the same.
+    """
+    left, right = ({canonical(key): key for key in side} for side in (a, b))
+    unique = len(left) == len(a) and len(right) == len(b)
+    if unique and len(left.keys() & right.keys()) > len(set(a) & set(b)):
+        return left, right, True
+    return dict(zip(a, a, strict=True)), dict(zip(b, b, strict=True)), False
+
+
+def _difference(a: Any, b: Any) -> str:
     """How two tensors of one shape and dtype differ; "" if they do not. Two NaN are alike."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return "" if a == b else "extra state differs"
@@ -302,16 +322,12 @@ def _difference(a: Tensor, b: Tensor) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    how: Any = {"none": None, "batches": iter}.get(arguments.calibration, arguments.calibration)
-    plan = plan_load(
-        _made_by(arguments.factory),
-        arguments.file,
-        calibration=how,
-        select=arguments.select,
-        keep=arguments.keep,
-        drop=arguments.drop,
-        rename=arguments.rename,
-    )
+    model, how = _made_by(arguments.factory), arguments.calibration
+    options = {name: getattr(arguments, name) for name in ("select", "keep", "drop", "rename")}
+    plan = plan_load(model, arguments.file, calibration=how if how not in ("batches", "none") else None, **options)
+    needed = any(problem.kind is ProblemKind.UNCALIBRATED for problem in plan.problems)
+    if how == "batches" or (how is None and needed):
+        plan = plan_load(model, arguments.file, calibration=_batches, **options)
     console = _console()
     console.print(fit(str(plan), console.width), soft_wrap=True)
     if arguments.html:
@@ -322,6 +338,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 1
 
 
+def _batches(model: nn.Module) -> None:
+    """Stands for calibration data: a plan says what the data is for, and reads none of it."""
+
+
 def _made_by(factory: str) -> nn.Module:
     """What the user's own function returns. An exception of that function is the user's, and passes."""
     name, colon, attribute = factory.partition(":")
@@ -330,16 +350,18 @@ def _made_by(factory: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")  # a console script does not look into the current folder by itself
     try:
-        make = operator.attrgetter(attribute)(importlib.import_module(name))
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
+            raise  # the module is there, and something that it imports is not
         raise CompatError(
             "there is no such module",
             key=factory,
             found=error,
-            remedy=f"run this where {error.name} can be imported: from its folder, or with PYTHONPATH",
+            remedy="run this where it can be imported: from its folder, or with PYTHONPATH",
         ) from error
+    try:
+        make = operator.attrgetter(attribute)(module)
     except AttributeError as error:
         raise CompatError("the module has no such factory", key=factory, found=error) from error
     if not callable(make):
@@ -357,5 +379,4 @@ def _count(count: int, noun: str) -> str:
 
 
 if __name__ == "__main__":
-    Path  # noqa: B018
     raise SystemExit(main())

@@ -27,12 +27,12 @@ class Goal:
     Args:
         keep: Globs over float entries of the target that may stay as they are.
         data: Where activation ranges may come from: "batches", "record", "defer" or "none".
-        recorded: Names of the quantizers that a saved calibration holds.
+        recorded: Canonical key -> shape of what a saved calibration holds.
     """
 
     keep: Sequence[str] = ()
     data: str = "none"
-    recorded: frozenset[str] = frozenset()
+    recorded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,17 +86,14 @@ def join(
     draft = _Draft(source, target, goal or Goal())
     draft.problems += found.problems
     draft.warnings += found.notes
-    if source.stage is Stage.CONVERTED and target.stage is not Stage.CONVERTED:
-        draft.problem(
-            ProblemKind.MISMATCHED,
-            names[0],
-            "the source is a converted (integer) checkpoint, the target is not",
-            "turn it into float with to_float first",
-        )
+    if Stage.CONVERTED in (source.stage, target.stage):
+        draft.problems[:] = [_converted(source, target, names)]
+        return Plan((), tuple(draft.problems), (), *names)
     for key in ignored:
         draft.dropped[key] = Drop(key, "asked for by drop=")
     _float_entries(draft, found, ties or {})
-    _quantizer_entries(draft, quantizers)
+    _stale_fusions(draft, ignored)
+    _quantizer_entries(draft, quantizers, found)
     _leftovers(draft, found, alias, unused)
     ordered = [draft.steps[key] for key in target if key in draft.steps]
     return Plan(
@@ -105,6 +102,16 @@ def join(
         tuple(dict.fromkeys(draft.warnings)),
         *names,
     )
+
+
+def _converted(source: Schema, target: Schema, names: tuple[str, str]) -> Problem:
+    if source.stage is Stage.CONVERTED:
+        what = f"the source is a converted (integer) checkpoint ({source.framework})"
+        remedy = "pass the float or QAT checkpoint that it was converted from"
+    else:
+        what = f"the target is a converted (integer) model ({target.framework})"
+        remedy = "load into the float or prepared model, and convert that"
+    return Problem(ProblemKind.MISMATCHED, names[0], f"{what}, which holds no weights to train", remedy)
 
 
 def _matches(globs: Iterable[str], *names: str) -> bool:
@@ -198,8 +205,8 @@ def _missing(draft: _Draft, missing: Sequence[str], found: Match) -> None:
         missing = [key for key in missing if key not in set(counters)]
     total = sum(1 for _ in draft.target.float_keys())
     filled = sum(isinstance(step, Copy) for step in draft.steps.values())
-    if missing and not filled:
-        detail = f"the source fills 0 of {total} float entries of the target"
+    if missing and (not filled or 2 * len(missing) > total):
+        detail = f"the source fills {filled} of {total} float entries of the target"
         example = next((key for key in draft.source.float_keys()), "nothing")
         remedy = f"the source holds names like {example}; choose the weights with select=, or map names with rename="
         draft.problem(ProblemKind.MISSING, "<coverage>", detail, remedy)
@@ -214,11 +221,40 @@ def _missing(draft: _Draft, missing: Sequence[str], found: Match) -> None:
         )
 
 
+# What a reparameterised block (RepVGG, YOLO-NAS, YOLOv6; MobileOne; RepLKNet) is fused into, and the branches of which
+# it is made.
+_REPARAMETERISED = frozenset({"rbr_reparam", "reparam_conv", "lkb_reparam"})
+_BRANCHES = ("rbr_", "branch_", "conv_kxk", "conv_scale", "lkb_origin", "small_conv")
+
+
+def _stale_fusions(draft: _Draft, ignored: Sequence[str]) -> None:
+    """A fused tensor that has its branches beside it is older than they are, and must not be taken in their place."""
+    fused: dict[str, list[str]] = {}
+    branches: dict[str, list[str]] = {}
+    keys = [key.split(".") for key in (*draft.source, *ignored)]
+    for parts in keys:
+        for end, part in enumerate(parts):
+            if part in _REPARAMETERISED:
+                fused.setdefault(".".join(parts[:end]), []).append(".".join(parts))
+    for parts in keys if fused else ():
+        for end, part in enumerate(parts):
+            if part.startswith(_BRANCHES) and part not in _REPARAMETERISED and ".".join(parts[:end]) in fused:
+                branches.setdefault(".".join(parts[:end]), []).append(".".join(parts))
+    for block, parts in branches.items():
+        taken = [key for key in fused[block] if key in draft.used]
+        if not taken or any(key in draft.used for key in parts):
+            continue
+        detail = f"the file still holds the branches ({parts[0]}, ...) that this was fused from: it is out of date"
+        remedy = "load the file into the unfused float model, fuse that, and pass the fused model as the source"
+        draft.problem(ProblemKind.STALE, taken[0], detail, remedy)
+        draft.used.update(parts)
+
+
 # --- quantizers -------------------------------------------------------------------------------------------------------
 
 
-def _quantizer_entries(draft: _Draft, quantizers: Sequence[Quantizer]) -> None:
-    source_groups = _source_groups(draft, quantizers)
+def _quantizer_entries(draft: _Draft, quantizers: Sequence[Quantizer], match: Match) -> None:
+    source_groups = _source_groups(draft, quantizers, match)
     foreign = any(
         origin is not None and quantizer.needs is Needs.WEIGHTS and _granularity_differs(draft, quantizer, origin)
         for quantizer, origin in source_groups
@@ -232,22 +268,24 @@ def _quantizer_entries(draft: _Draft, quantizers: Sequence[Quantizer]) -> None:
             _carry(draft, quantizer, keys, origin, foreign)
 
 
-def _source_groups(draft: _Draft, quantizers: Sequence[Quantizer]) -> list[tuple[Quantizer, Mapping[str, str] | None]]:
+def _source_groups(
+    draft: _Draft, quantizers: Sequence[Quantizer], match: Match
+) -> list[tuple[Quantizer, Mapping[str, str] | None]]:
     """Each quantizer of the target with the source's state of it: leaf -> source key."""
     leaves: dict[str, dict[str, str]] = {}
     by_site: dict[str, list[str]] = {}
     for name, keys in draft.source.by_quantizer().items():
         leaves[name] = {draft.source[key].leaf: key for key in keys}
         by_site.setdefault(draft.source[keys[0]].site, []).append(name)
-    plain = {canonical(join_path(name, "_")): name for name in leaves}
+    plain = {canonical(join_path(name.removeprefix(match.prefix), "_")): name for name in leaves}
     numbered = {name for name in plain if _is_numbered(name)}
-    wanted = {canonical(join_path(n, "_")) for q in quantizers for n in q.names}
+    wanted = {canonical(join_path(n.removeprefix(match.target_prefix), "_")) for q in quantizers for n in q.names}
     same_graph = numbered == {name for name in wanted if _is_numbered(name)}
     found: list[tuple[Quantizer, Mapping[str, str] | None]] = []
     for quantizer in quantizers:
         origin: str | None = None
         for name in quantizer.names:
-            form = canonical(join_path(name, "_"))
+            form = canonical(join_path(name.removeprefix(match.target_prefix), "_"))
             if name in leaves and (same_graph or not _is_numbered(form)):
                 origin = name
             elif form in plain and (same_graph or not _is_numbered(form)):
@@ -348,14 +386,14 @@ def _drop(draft: _Draft, origin: Mapping[str, str], reason: str) -> None:
 def _synthesize(draft: _Draft, quantizer: Quantizer, keys: Sequence[str], reason: str) -> None:
     """State that the source cannot give: from the weights, from data, or fixed by definition."""
     target, goal = draft.target, draft.goal
-    names = {canonical(name) for name in quantizer.names}
+    observed = [key for key in keys if target[key].role.is_observed]
     how: How | None = None
     why = ""
     if quantizer.needs is Needs.DEFINITION:
         why = "fixed by the quantizer's definition"
     elif quantizer.needs is Needs.WEIGHTS:
         how = How.WEIGHTS
-    elif goal.data == "record" and names & goal.recorded:
+    elif goal.data == "record" and observed and all(_is_recorded(goal, key, target[key]) for key in observed):
         how = How.RECORD
     elif goal.data == "batches":
         how = How.CALIBRATION
@@ -375,6 +413,12 @@ def _synthesize(draft: _Draft, quantizer: Quantizer, keys: Sequence[str], reason
             draft.steps[key] = Keep(key, why or "fixed by the quantizer's definition")
         else:
             draft.steps[key] = Synthesize(key, quantizer.name, how, reason)
+
+
+def _is_recorded(goal: Goal, key: str, entry: Entry) -> bool:
+    """Whether a saved calibration holds this value for an observer of this kind."""
+    shape = goal.recorded.get(canonical(key))
+    return shape is not None and (entry.role is not Role.HISTOGRAM or shape == entry.shape)
 
 
 # --- what nothing took ------------------------------------------------------------------------------------------------

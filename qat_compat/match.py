@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
@@ -61,6 +61,7 @@ class Match:
         options: Prefix of a fused normalization whose name is open, or rests on convention alone -> module path of the
             other side -> leaf -> key there.
         notes: Where witnesses disagreed.
+        prefix: Leading path that every source name has and no target name; `target_prefix` the other way round.
     """
 
     pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -69,6 +70,8 @@ class Match:
     contested: set[str] = field(default_factory=set)
     options: dict[str, dict[str, Mapping[str, str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    prefix: str = ""
+    target_prefix: str = ""
 
 
 def canonical(name: str) -> str:
@@ -111,6 +114,17 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
         rename: Ordered (regex, replacement) pairs, applied to source keys.
         evidence: What a float model or a forward shows of fused normalizations, strongest first.
     """
+    found = _match(source, target, rename, evidence)
+    if not found.pairs and not found.problems:
+        left, right = _one_attribute(source, target, rename)
+        if left or right:
+            found = _match(_without_prefix(source, left), _without_prefix(target, right), rename, evidence)
+            found.pairs = {key: (origin, "common prefix") for key, (origin, _) in found.pairs.items()}
+            found.prefix, found.target_prefix = left, right
+    return found
+
+
+def _match(source: Schema, target: Schema, rename: Rename, evidence: Sequence[Evidence]) -> Match:
     matcher = _Matcher(source, target, rename)
     matcher.by_key()
     matcher.by_form(str, "same site")
@@ -119,6 +133,26 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
     matcher.by_fusion(evidence)
     matcher.by_common_prefix()
     return matcher.found
+
+
+def _one_attribute(source: Schema, target: Schema, rename: Rename) -> tuple[str, str]:
+    """The leading path that one side has before every name and the other has not: the training module's attribute."""
+    left = _common_path([renamed(source[key].site, rename) for key in source.float_keys()])
+    right = _common_path([target[key].site for key in target.float_keys()])
+    if left != right and left.endswith(right):
+        return left.removesuffix(right), ""
+    if left != right and right.endswith(left):
+        return "", right.removesuffix(left)
+    return "", ""
+
+
+def _without_prefix(schema: Schema, prefix: str) -> Schema:
+    """The same keys, with a leading path taken off the sites of float entries."""
+    if not prefix:
+        return schema
+    entries = {key: replace(entry, site=entry.site.removeprefix(prefix)) for key, entry in schema.items()}
+    fused = tuple(replace(one, host=one.host.removeprefix(prefix)) for one in schema.fused)
+    return replace(schema, entries=entries, fused=fused, _by_quantizer={})
 
 
 class _Matcher:
@@ -453,6 +487,8 @@ def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
 def _common_path(names: Iterable[str]) -> str:
     """The longest leading path, with its dot, that all names share."""
     listed = [name.split(".")[:-1] for name in names]
+    if not listed:
+        return ""
     shortest, longest = min(listed), max(listed)
     length = 0
     while length < min(len(shortest), len(longest)) and shortest[length] == longest[length]:

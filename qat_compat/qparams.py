@@ -35,8 +35,8 @@ class RangeHistogram:
 
     def __init__(self, bins: int = _BINS) -> None:
         self.counts = torch.zeros(bins, dtype=torch.float64)
-        self.low = 0.0
-        self.high = 0.0
+        self.low = self.smallest = 0.0
+        self.high = self.largest = 0.0
 
     def add(self, values: Tensor) -> None:
         """Count the values of one tensor of any shape."""
@@ -46,6 +46,7 @@ class RangeHistogram:
             return  # the range check of the caller names the batch
         if self.counts.sum() == 0:
             self.low, self.high = min(low, 0.0), max(high, 0.0)
+        self.smallest, self.largest = min(self.smallest, low), max(self.largest, high)
         while low < self.low or high > self.high:
             self._double(upwards=high > self.high)
         if self.high == self.low:
@@ -117,10 +118,10 @@ def _search(histogram: RangeHistogram, loss: object) -> tuple[float, float]:
     best, best_loss = 1.0, float("inf")
     for step in range(100, 0, -1):
         share = step / 100
-        value = float(loss(histogram, histogram.low * share, histogram.high * share))
+        value = float(loss(histogram, histogram.smallest * share, histogram.largest * share))
         if value < best_loss:
             best, best_loss = share, value
-    return histogram.low * best, histogram.high * best
+    return histogram.smallest * best, histogram.largest * best
 
 
 def _quantized(centers: Tensor, low: float, high: float) -> Tensor:

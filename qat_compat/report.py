@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,23 @@ from qat_compat.errors import Problem, SaveError
 from qat_compat.plan import Plan, Step, body, grouped, reason_of
 from qat_compat.text import collapse
 
-__all__ = ["Report"]
+__all__ = ["Report", "fit", "write_page"]
+
+_WIDTH = 100  # columns of the text, whatever the terminal: a report ends in logs, where equal loads give equal lines
+_SHOWN = 8  # names of one group on a page, before the rest is folded away
 
 
 @dataclass(frozen=True)
 class Report:
     """The plan that was carried out, and what was seen on the way.
+
+    Example:
+        >>> from qat_compat.plan import Copy
+        >>> print(Report(Plan((Copy("fc.weight", "fc.weight", "exact key"),)), batches=1, seconds=0.25))
+        loaded <source> -> <target>
+          1 copied; 1 calibration batch; 0.25 s
+          copy          1  exact key
+                            fc.weight
 
     Args:
         plan: Every step, with the provenance of each value.
@@ -79,77 +92,214 @@ class Report:
         data: dict[str, Any] = {
             **self.plan.to_dict(),
             "warnings": list(self.warnings),
-            "counts": self._counts(),
+            "counts": _counts(self.plan),
             "batches": self.batches,
             "seconds": round(self.seconds, 6),
         }
         return json.dumps(data, indent=indent)
 
-    def _counts(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("copied", "derived", "synthesized", "kept", "dropped")}
-
     def _headline(self) -> str:
-        counts = ", ".join(f"{count} {name}" for name, count in self._counts().items() if count)
-        data = f", {self.batches} calibration batches" if self.batches else ""
-        return f"{counts}{data}, {self.seconds:.2f} s"
+        parts = [", ".join(f"{count} {name}" for name, count in _counts(self.plan).items() if count) or "nothing to do"]
+        return "; ".join([*parts, *self._circumstances()])
+
+    def _circumstances(self) -> list[str]:
+        batches = [f"{self.batches} calibration batch{'' if self.batches == 1 else 'es'}"] if self.batches else []
+        return [*batches, f"{self.seconds:.2f} s"]
 
     def __str__(self) -> str:
-        shown = Plan(self.plan.steps, (), self.warnings, self.plan.source, self.plan.target)
-        return "\n".join([f"loaded {self.plan.source} -> {self.plan.target}", f"  {self._headline()}", *body(shown)])
+        shown = Plan(self.plan.steps, (), self.warnings)
+        title = f"loaded {self.plan.source} -> {self.plan.target}"
+        return fit("\n".join([title, f"  {self._headline()}", *body(shown)]), _WIDTH)
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write a self-contained page and return its path."""
-        destination = Path(path)
-        try:
-            destination.write_text(_page(self), encoding="utf-8")
-        except OSError as error:
-            raise SaveError(f"the report cannot be written: {error.strerror}", file=destination) from error
-        return destination
+    def to_html(self, path: str | PathLike[str]) -> Path:
+        """Write a page that needs nothing but itself, and return its path."""
+        return write_page(self.plan, path, report=self)
 
+
+def _counts(plan: Plan) -> dict[str, int]:
+    return {name: getattr(plan, name) for name in ("copied", "derived", "synthesized", "kept", "dropped")}
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+_HEAD = re.compile(r" *(?:[a-z]+: +|[a-z]+ +\d+ +)?")  # what stands before the text of a line, and is not repeated
+_BREAK = re.compile(r"(?<=,)|(?=(?<!\.)\.(?!\.))")  # where a name may be cut: after a comma, before a single dot
+
+
+def fit(text: str, width: int) -> str:
+    """Break lines that are wider than a screen, at spaces and within long names, and indent what follows.
+
+    Example:
+        >>> print(fit("  keep  3  encoder.layer.{0...5}.output.dense.{weight,bias} stay", 40))
+          keep  3  encoder.layer.{0...5}.output
+                   .dense.{weight,bias} stay
+    """
+    return "\n".join(piece for line in text.splitlines() for piece in _pieces(line, width))
+
+
+def _pieces(line: str, width: int) -> list[str]:
+    head = _HEAD.match(line)
+    indent = len(head.group()) if head else 0
+    if indent > width // 2 or indent == len(line) - len(line.lstrip()):
+        indent = len(line) - len(line.lstrip()) + 2
+    found: list[str] = []
+    while len(line) > width:
+        end = line.rfind(" ", indent + 1, width + 1)
+        if end <= indent or not line[:end].strip():
+            cuts = [cut.start() for cut in _BREAK.finditer(line, indent + 1) if cut.start() <= width]
+            dots = [cut for cut in cuts if line[cut] == "." and cut > width * 0.6]
+            end = max(dots or cuts, default=width)
+        found.append(line[:end].rstrip())
+        line = " " * indent + line[end:].lstrip(" ")
+    return [*found, line]
+
+
+# --- page -------------------------------------------------------------------------------------------------------------
+
+_MEANING = {
+    "copy": ("copied", "from the file, as it is"),
+    "derive": ("derived", "computed from the file"),
+    "synthesize": ("synthesized", "computed from weights or data"),
+    "keep": ("kept", "the model's own value"),
+    "drop": ("dropped", "in the file, taken by nothing"),
+}
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.35rem; margin-bottom: .2rem; } h1 small { font-weight: normal; opacity: .7; }
-.counts { display: flex; gap: .8rem; flex-wrap: wrap; margin: 1.2rem 0; padding: 0; list-style: none; }
-.counts li { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; min-width: 6rem; }
-.counts b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+:root {
+  color-scheme: light dark;
+  --page: #f7f7f5; --card: #fff; --ink: #1c1d21; --soft: #5b5e66; --line: #e2e2de; --tint: #f1f1ee;
+  --copy: #2f6db5; --derive: #7d4bb0; --synthesize: #1f7d4d; --keep: #6a6d75; --drop: #a35a12;
+  --warn: #8a5a00; --warn-tint: #fff6e0; --bad: #b3261e; --bad-tint: #fdecea;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --page: #15161a; --card: #1d1f24; --ink: #e8e8ea; --soft: #a3a6af; --line: #33363d; --tint: #262930;
+  --copy: #7db3f0; --derive: #c29bec; --synthesize: #6fcf97; --keep: #a7abb4; --drop: #e8a55c;
+  --warn: #f0c36b; --warn-tint: #2f2818; --bad: #ff8a80; --bad-tint: #3a1f1e;
+} }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 72rem; margin: 0 auto; padding: clamp(1rem, 4vw, 3rem); }
+code { font: .84em/1.6 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+p, h1, h2, ul, dl, dd { margin: 0; }
+h1 { font-size: clamp(1.3rem, 3.5vw, 1.8rem); line-height: 1.25; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h1 span { color: var(--soft); font-weight: 400; }
+h2 { font-size: 1rem; margin: 2.25rem 0 .75rem; }
+.above { color: var(--soft); font-size: .8rem; letter-spacing: .04em; margin-bottom: .35rem; }
+.below { color: var(--soft); margin-top: .5rem; }
+.bar { display: flex; gap: 2px; height: .8rem; margin: 1.75rem 0 1rem; border-radius: .4rem; overflow: hidden; }
+.bar i { min-width: 3px; background: var(--c); }
+.counts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
+.counts > div { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
+.counts dt { color: var(--c); font-weight: 600; font-size: .9rem; }
+.counts dd b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.counts dd { color: var(--soft); font-size: .8rem; } .counts b { color: var(--ink); font-weight: 600; }
+.notes { list-style: none; padding: 0; display: grid; gap: .5rem; }
+.notes li { border-left: 4px solid var(--warn); background: var(--warn-tint); border-radius: .3rem;
+  padding: .5rem .8rem; overflow-wrap: anywhere; }
+.notes.bad li { border-color: var(--bad); background: var(--bad-tint); }
+.notes b { color: var(--warn); font-weight: 600; } .notes.bad b { color: var(--bad); }
+.steps { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden; }
 table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .4rem .6rem; vertical-align: top; }
-tr { border-top: 1px solid var(--line); } thead tr { border: 0; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
-.copy, .derive, .synthesize, .keep, .drop {
-  border-radius: .3rem; padding: .05rem .45rem; color: #fff; font-size: .85rem; }
-.copy { background: #2563a8; } .derive { background: #7a3fa0; } .synthesize { background: #1d7a46; }
-.keep { background: #6b6b6b; } .drop { background: #a15c10; }
-.warnings li { background: var(--soft); margin: .3rem 0; padding: .3rem .6rem; border-radius: .3rem; }
-details summary { cursor: pointer; }
+th, td { text-align: left; padding: .7rem .9rem; vertical-align: top; font-weight: 400; }
+thead th { color: var(--soft); font-size: .8rem; padding-block: .5rem; background: var(--tint); }
+tbody tr { border-top: 1px solid var(--line); }
+tbody th { white-space: nowrap; color: var(--c); font-weight: 600; }
+tbody th::before { content: ""; display: inline-block; width: .6rem; height: .6rem; margin-right: .5rem;
+  border-radius: 50%; background: var(--c); }
+.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.why { width: 19%; }
+td code { display: block; padding-left: 1.2em; text-indent: -1.2em; }
+summary { cursor: pointer; color: var(--soft); font-size: .85rem; padding: .15rem 0; }
+summary:focus-visible { outline: 2px solid var(--copy); outline-offset: 2px; border-radius: .2rem; }
+.copy { --c: var(--copy); } .derive { --c: var(--derive); } .synthesize { --c: var(--synthesize); }
+.keep { --c: var(--keep); } .drop { --c: var(--drop); }
+@media (max-width: 44rem) {
+  thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
+  tbody tr { display: grid; grid-template-columns: 1fr auto; padding: .5rem 0; }
+  th, td { padding: .15rem .9rem; } td.why, td.names { grid-column: 1 / -1; width: auto; }
+  td.why { color: var(--soft); }
+}
+@media print { body { background: #fff; } main { padding: 0; } tr { break-inside: avoid; } }
 """
 
 
-def _page(report: Report) -> str:
+def write_page(plan: Plan, path: str | PathLike[str], *, report: Report | None = None) -> Path:
+    """Write a plan, or the report of what it became, as a page that needs nothing but itself.
+
+    Raises:
+        SaveError: The file cannot be written.
+    """
+    destination = Path(path)
+    try:
+        destination.write_text(_page(plan, report), encoding="utf-8")
+    except OSError as error:
+        raise SaveError(
+            "the page cannot be written", file=destination, found=error.strerror, remedy="choose another path"
+        ) from error
+    return destination
+
+
+def _page(plan: Plan, report: Report | None) -> str:
     esc = html.escape
-    counts = "".join(f"<li><b>{count}</b>{esc(name)}</li>" for name, count in report._counts().items())
-    rows = []
-    for (kind, reason), keys in grouped(report.steps).items():
-        lines = [f"<code>{esc(name)}</code>" for name in collapse(keys)]
-        shown = "<br>".join(lines[:6])
-        if len(lines) > 6:
-            shown += f"<details><summary>{len(lines) - 6} more</summary>{'<br>'.join(lines[6:])}</details>"
-        rows.append(
-            f'<tr><td><span class="{kind}">{kind}</span></td><td class="n">{len(keys)}</td>'
-            f"<td>{esc(reason)}</td><td>{shown}</td></tr>"
-        )
-    notes = "".join(f"<li>{esc(text)}</li>" for text in report.warnings)
-    warnings = f'<h2>Warnings</h2><ul class="warnings">{notes}</ul>' if notes else ""
+    source = Path(plan.source).name or plan.source
+    kind = "Plan" if report is None else "Load report"
+    circumstances = [] if report is None else report._circumstances()
+    below = [*([f"<code>{esc(plan.source)}</code>"] if source != plan.source else []), *map(esc, circumstances)]
+    about = f'<p class="below">{" &middot; ".join(below)}</p>\n' if below else ""
+    warnings = plan.warnings if report is None else report.warnings
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>qat_compat: {esc(report.plan.source)}</title><style>{_STYLE}</style>"
-        f"<h1>{esc(report.plan.source)} &rarr; {esc(report.plan.target)}<br>"
-        f"<small>{esc(report._headline())}</small></h1>"
-        f'<ul class="counts">{counts}</ul>{warnings}'
-        "<h2>Where every value came from</h2>"
-        "<table><thead><tr><th>step</th><th>keys</th><th>why</th><th>names</th></tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></html>\n"
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{esc(source)} &rarr; {esc(plan.target)}</title>\n<style>{_STYLE}</style>\n<main>\n<header>\n"
+        f'<p class="above">qat_compat &middot; {kind}</p>\n'
+        f"<h1>{esc(source)} <span>&rarr;</span> {esc(plan.target)}</h1>\n"
+        f"{about}</header>\n{_summary(plan)}"
+        + _notes("Problems", [str(problem) for problem in plan.problems], "notes bad")
+        + _notes("Warnings", warnings, "notes")
+        + f"{_table(plan)}</main>\n</html>\n"
+    )
+
+
+def _summary(plan: Plan) -> str:
+    counts = _counts(plan)
+    present = {kind: counts[name] for kind, (name, _) in _MEANING.items() if counts[name]}
+    bars = "".join(f'<i class="{kind}" style="flex-grow:{count}"></i>' for kind, count in present.items())
+    tiles = "".join(
+        f'<div class="{kind}"><dt>{name}</dt><dd><b>{counts[name]:,}</b>{meaning}</dd></div>\n'
+        for kind, (name, meaning) in _MEANING.items()
+        if kind in present
+    )
+    # the bar shows what the numbers below it say, so that a screen reader passes it over
+    return f'<div class="bar" aria-hidden="true">{bars}</div>\n<dl class="counts">\n{tiles}</dl>\n'
+
+
+def _notes(title: str, texts: Sequence[str], style: str) -> str:
+    items = "".join(f"<li>{html.escape(text)}</li>\n" for text in texts)
+    return f'<h2>{title}</h2>\n<ul class="{style}">\n{items}</ul>\n' if items else ""
+
+
+def _breakable(name: str) -> str:
+    return "<wbr>".join(map(html.escape, _BREAK.split(name)))
+
+
+def _table(plan: Plan) -> str:
+    rows = []
+    for (kind, reason), keys in grouped(plan.steps).items():
+        names = [f"<code>{_breakable(name)}</code>" for name in collapse(keys)]
+        first = len(names) if len(names) <= _SHOWN else _SHOWN - 2
+        shown = "".join(names[:first])
+        if names[first:]:
+            shown += f"<details><summary>{len(names) - first:,} more</summary>{''.join(names[first:])}</details>"
+        rows.append(
+            f'<tr class="{kind}"><th scope="row">{kind}</th><td class="n">{len(keys):,}</td>'
+            f'<td class="why">{html.escape(reason)}</td><td class="names">{shown}</td></tr>\n'
+        )
+    head = "".join(
+        f'<th scope="col"{style}>{name}</th>'
+        for name, style in (("step", ""), ("keys", ' class="n"'), ("why", ""), ("names", ""))
+    )
+    return (
+        '<h2 id="steps">Where every value came from</h2>\n<div class="steps"><table aria-labelledby="steps">\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody>\n</table></div>\n"
     )

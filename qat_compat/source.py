@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
-from qat_compat.schema import Schema
+from qat_compat.schema import Schema, Stage
 from qat_compat.state import memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
 
@@ -58,11 +58,18 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
     checkpoint = open_source(source, select=select)
     specs = {key: checkpoint.spec(key) for key in checkpoint}
     schema = describe_keys(KeyView(specs, checkpoint.versions, checkpoint.record))
+    if isinstance(source, Mapping) and not isinstance(source, Checkpoint) and _holds_subclasses(checkpoint):
+        schema = replace(schema, framework="torchao", stage=Stage.CONVERTED)
     sites = checkpoint.record.get("sites")
     if isinstance(sites, Mapping):
         schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()}, checkpoint.record)
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema)
+
+
+def _holds_subclasses(checkpoint: Checkpoint) -> bool:
+    """Whether tensors in memory are torchao's subclasses, which say that they are float and hold integers."""
+    return any(hasattr(type(checkpoint[key]), "tensor_data_names") for key in checkpoint)
 
 
 def _from_module(model: nn.Module) -> Source:

@@ -7,12 +7,15 @@ real forward.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
+from qat_compat.isolation import preserved_random_state
 from qat_compat.state import join_path, split_path
 
 __all__ = ["Passes", "followers", "watch_followers"]
@@ -53,7 +56,8 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
     for branch in (None, True, False):
         attributes = [(module, dict(module.__dict__)) for module in root.modules()]
         try:
-            found.append(_LeafTracer(leaves, branch).trace(root))
+            with preserved_random_state():
+                found.append(_LeafTracer(leaves, branch).trace(root))
         except Exception:  # tracing runs the user's forward with proxies: any error at all means "cannot be traced"
             continue
         finally:
@@ -65,14 +69,30 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
     return found
 
 
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy of the modules with tensors that hold nothing, so that a trace runs none of the user's code on his model.
+
+    A model that cannot be copied is traced itself.
+    """
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        with torch.no_grad():
+            empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # modules may hold what cannot be copied: locks, files, generators
+        return model
+
+
 def _merged(chains: Iterable[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
-    """What several graphs say; where two of them speak of one host, what both say."""
+    """What several graphs say: what all that speak of a host agree on, or all of it where they do not agree."""
     found: dict[str, tuple[str, ...]] = {}
     for one in chains:
         for host, chain in one.items():
             known = found.get(host)
-            found[host] = chain if not known or not chain else tuple(path for path in known if path in chain)
-            found[host] = found[host] or known or ()
+            both = tuple(path for path in known if path in chain) if known else chain
+            found[host] = both or tuple(dict.fromkeys((*(known or ()), *chain)))
     return found
 
 
@@ -130,9 +150,12 @@ def followers(
     wanted = set(hosts)
     if not wanted:
         return {}
+    paths = {id(module): path for path, module in model.named_modules()}
+    model = _without_data(model)
     modules = dict(model.named_modules())
     passing = {path for path, module in modules.items() if passes(module)}
-    leaf_ids = frozenset(map(id, leaves)) | {id(modules[path]) for path in passing}
+    inside = {paths[id(leaf)] for leaf in leaves if id(leaf) in paths} | passing
+    leaf_ids = frozenset(id(modules[path]) for path in inside if path in modules)
     graphs = _trace(model, leaf_ids)
     found = _merged(_chains(graph, wanted, passing) for graph in graphs)
     by_parent: dict[str, set[str]] = {}

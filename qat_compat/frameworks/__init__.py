@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from qat_compat.errors import CompatError
+from qat_compat.frameworks.aimet import AIMET
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
+from qat_compat.frameworks.brevitas import Brevitas
+from qat_compat.frameworks.compressed_tensors import CompressedTensors
+from qat_compat.frameworks.converted import Converted, ConvertedPT2E, ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
+from qat_compat.frameworks.modelopt import ModelOpt
+from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
+from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
+from qat_compat.frameworks.sparseml import QuantWrapped, SparseML
 from qat_compat.frameworks.torch_ao import TorchAO
 from qat_compat.frameworks.torchao import TorchAOQAT
-from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Fused, Role, Schema, Spec
 from qat_compat.state import Slot, collect_slots, extra_state_keys, join_path, modules_of, split_path
 
 __all__ = [
@@ -27,8 +36,25 @@ __all__ = [
     "with_sites",
 ]
 
-# the first that owns a model or a checkpoint describes it; graphs come before the eager mode that they extend
-FRAMEWORKS: tuple[Framework, ...] = (PT2E(), FX(), TorchAO(), TorchAOQAT())
+# The first that owns a model or a checkpoint describes it. Integers come first, so that what was converted only in part
+# is never taken for prepared; what extends another framework stands before it.
+FRAMEWORKS: tuple[Framework, ...] = (
+    Converted(),
+    ConvertedPT2E(),
+    ConvertedTorchAO(),
+    PT2E(),
+    FX(),
+    SparseML(),
+    QuantWrapped(),
+    TorchAO(),
+    TorchAOQAT(),
+    PytorchQuantization(),
+    ModelOpt(),
+    Brevitas(),
+    AIMET(),
+    NNCF(),
+    CompressedTensors(),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,13 @@ def describe_model(model: nn.Module) -> Description:
         >>> list(description.schema), description.schema.framework
         (['weight', 'bias'], 'plain')
     """
+    lazy = [key for key, tensor in model.named_parameters() if isinstance(tensor, nn.UninitializedParameter)]
+    if lazy:
+        raise CompatError(
+            "the model has lazy modules that are not built yet",
+            key=", ".join(lazy[:4]),
+            remedy="run one forward first, so that their shapes are known",
+        )
     view = ModelView(model, dict(modules_of(model)), collect_slots(model))
     framework = next((f for f in FRAMEWORKS if f.owns_model(view)), None)
     if framework is None:
@@ -80,7 +113,7 @@ def describe_model(model: nn.Module) -> Description:
     schema = Schema(
         entries,
         framework.name,
-        Stage.PREPARED,
+        framework.live_stage,
         tuple(fused),
         frozenset(path for path, module in view.modules.items() if type(module) is nn.Identity),
         _non_persistent(view),

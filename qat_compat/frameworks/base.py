@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat_compat.errors import Problem
-from qat_compat.schema import Entry, Fused, Role, Schema, Spec
+from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
 __all__ = ["Framework", "KeyView", "ModelView", "Needs", "Quantizer", "plain_entry", "tensorless_places"]
@@ -84,6 +84,14 @@ class Quantizer(ABC):
     def check(self) -> Iterable[Problem]:
         """Say what no quantizer can use: scales, zero points, channel counts."""
 
+    def hides_infinity(self) -> bool:
+        """Whether NaN and inf leave no trace in :meth:`ranges`, so that the input itself must be looked at."""
+        return False
+
+    def takes_range(self) -> bool:
+        """Whether :meth:`set_range` can be used."""
+        return type(self).set_range is not Quantizer.set_range
+
     def findings(self) -> Iterable[str]:
         """What is sound and should still be known: a constant input, say."""
         return ()
@@ -132,6 +140,7 @@ class Framework(ABC):
     """All that the package knows of one QAT framework."""
 
     name: str
+    live_stage: Stage = Stage.PREPARED  # of a model that it owns
 
     @abstractmethod
     def owns_model(self, view: ModelView) -> bool:

@@ -230,9 +230,12 @@ class FakeQuant(Quantizer):
 
     def check(self) -> Iterable[Problem]:
         scale, zero_point = getattr(self.module, "scale", None), getattr(self.module, "zero_point", None)
-        if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor) or self._untouched():
+        if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor):
             return
         key, remedy = f"{self.name}.scale", "calibrate this quantizer anew, or take it from a sound file"
+        untouched = self._untouched()
+        if not untouched and any(not bool(torch.isfinite(value).all()) for value in self.ranges()):
+            yield Problem(ProblemKind.INVALID, self.name, "its min_val or max_val is not finite", remedy)
         bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
         if bad:
             yield Problem(
@@ -250,9 +253,12 @@ class FakeQuant(Quantizer):
                     remedy,
                 )
         expected = self.channels()
-        if expected is not None and scale.numel() != expected:
+        if not untouched and expected is not None and scale.numel() != expected:
             detail = f"expected {expected} scale(s), found {scale.numel()}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
+
+    def hides_infinity(self) -> bool:
+        return _has_base(self.observer, "HistogramObserver")  # it skips inf, and `histc` stops at NaN
 
     def findings(self) -> Iterable[str]:
         ranges = self.ranges()

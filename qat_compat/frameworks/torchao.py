@@ -50,6 +50,7 @@ class IntxQuantizer(Quantizer):
         self.learns = bool(getattr(config, "range_learning", False))
         self._host, self._host_path, self._is_weight = host, host_path, weight
         self._enabled = True
+        self._before: dict[str, nn.Parameter | None] = {}
 
     def hold(self) -> None:
         """Nothing to switch: torchao's own first forward, which is its calibration, fake-quantizes."""
@@ -58,9 +59,9 @@ class IntxQuantizer(Quantizer):
         module: Any = self.module
         self._enabled = module.enabled
         module.enabled = True
+        self._before = dict(module._parameters)
         for name in _LEAVES:
-            if name in module._parameters:
-                del module._parameters[name]
+            module._parameters.pop(name, None)
             setattr(module, name, None)
         # torchao's `initialize_fake_quantizers` sets it in the same way: a range-learning quantizer refuses to run
         # before
@@ -73,6 +74,11 @@ class IntxQuantizer(Quantizer):
         """The forward has written scale and zero_point already, as Parameters where ranges are learnt."""
         module: Any = self.module
         module.enabled = self._enabled
+        for name, before in self._before.items():
+            after = getattr(module, name, None)
+            if isinstance(after, Tensor) and isinstance(before, nn.Parameter):
+                before.data = after.data  # an optimizer may hold the parameter that was there
+                setattr(module, name, before)
 
     def ranges(self) -> list[Tensor]:
         found = [getattr(self.module, name, None) for name in _LEAVES]

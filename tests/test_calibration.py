@@ -1,0 +1,244 @@
+"""Calibration data in every form that people have it, and a calibration that is kept."""
+
+from __future__ import annotations
+
+import copy
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_apply import CASES, prepared, untouched
+from torch import Tensor, nn
+from torch.ao.quantization import QuantStub, get_default_qat_qconfig, prepare_qat
+from torch.utils.data import DataLoader, TensorDataset
+from zoo import ARCHS
+
+import qat_compat as qc
+from qat_compat.testing import assert_same_state
+
+ARCH = ARCHS["plain"]
+Named = namedtuple("Named", ["image", "label"])
+
+
+def _loaded(data: Any, **options: Any) -> nn.Module:
+    model = prepared("eager-x86", "plain")
+    qc.load_checkpoint(model, ARCH.state(), calibration=data, **options)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected() -> nn.Module:
+    return _loaded(ARCH.batches())
+
+
+class OnlyIterable:
+    """As an IterableDataset: it can be iterated, and its length raises something of its own."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(ARCH.batches())
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+_FORMS: dict[str, Callable[[], Any]] = {
+    "list": lambda: ARCH.batches(),
+    "tuple": lambda: tuple(ARCH.batches()),
+    "iterator": lambda: iter(ARCH.batches()),
+    "generator": lambda: (batch for batch in ARCH.batches()),
+    "DataLoader": lambda: DataLoader(TensorDataset(torch.cat(ARCH.batches())), batch_size=3),
+    "no length": OnlyIterable,
+    "with labels": lambda: [(batch, torch.zeros(3)) for batch in ARCH.batches()],
+    "lists with labels": lambda: [[batch, torch.zeros(3), "name"] for batch in ARCH.batches()],
+    "named tuples": lambda: [Named(batch, torch.zeros(3)) for batch in ARCH.batches()],
+    "keywords": lambda: [{"x": batch} for batch in ARCH.batches()],
+    "numpy": lambda: [batch.numpy() for batch in ARCH.batches()],
+    "numpy in tuples": lambda: [(batch.numpy(), np.zeros(3)) for batch in ARCH.batches()],
+    "numpy keywords": lambda: [{"x": batch.numpy()} for batch in ARCH.batches()],
+    "callable": lambda: lambda model: [model(batch) for batch in ARCH.batches()],
+    "requires grad": lambda: [batch.requires_grad_() for batch in ARCH.batches()],
+}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_every_form_of_data_gives_the_same_state(form: str, expected: nn.Module) -> None:
+    assert_same_state(_loaded(_FORMS[form]()), expected)
+
+
+def test_a_generator_is_consumed_exactly_once() -> None:
+    taken = []
+
+    def data() -> Iterator[Tensor]:
+        for batch in ARCH.batches(3):
+            taken.append(1)
+            yield batch
+
+    model = prepared("eager-x86", "plain")
+    report = qc.load_checkpoint(model, ARCH.state(), calibration=data())
+    assert (len(taken), report.batches) == (3, 3)
+
+
+def test_a_generator_is_whole_also_where_its_first_batch_tells_names() -> None:
+    """The names of this model need a forward; the batch that is looked at first counts for the ranges, too."""
+    arch = ARCHS["dynamic"]
+    models = [prepared("eager-x86", "dynamic") for _ in range(2)]
+    for model, data in zip(models, (arch.batches(), iter(arch.batches())), strict=True):
+        qc.load_checkpoint(model, arch.state(), calibration=data, float_model=arch.make())
+    assert_same_state(models[1], models[0])
+
+
+def test_inputs_takes_any_batch(expected: nn.Module) -> None:
+    batches = [{"meta": i, "pixels": batch.permute(0, 2, 3, 1)} for i, batch in enumerate(ARCH.batches())]
+    model = _loaded(batches, inputs=lambda batch: ((batch["pixels"].permute(0, 3, 1, 2).contiguous(),), {}))
+    assert_same_state(model, expected)
+    model = _loaded(batches, inputs=lambda batch: ((), {"x": batch["pixels"].permute(0, 3, 1, 2).contiguous()}))
+    assert_same_state(model, expected)
+
+
+def test_a_shuffled_loader_leaves_the_random_state_as_it_was() -> None:
+    for name in ("plain", "dynamic"):
+        arch, model = ARCHS[name], prepared("eager-x86", name)
+        data = DataLoader(TensorDataset(torch.cat(arch.batches(4))), batch_size=3, shuffle=True)
+        float_model = arch.make()
+        before = torch.get_rng_state()
+        qc.load_checkpoint(model, arch.state(), calibration=data, float_model=float_model)
+        assert torch.equal(torch.get_rng_state(), before), name
+
+
+def test_a_callable_is_given_the_model_in_eval_form_and_without_gradients() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def run(model: nn.Module) -> None:
+        seen.append((model.training, torch.is_grad_enabled()))
+        model(ARCH.batches()[0])
+
+    _loaded(run)
+    assert seen == [(False, False)]
+
+
+def test_forward_with_several_inputs_takes_as_many_as_it_names() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.fc = QuantStub(), nn.Linear(2, 2)
+
+        def forward(self, a: Tensor, b: Tensor, *, scale: float = 1.0) -> Tensor:
+            return self.fc(self.quant(a + b)) * scale
+
+    model = Two().train()
+    model.qconfig = get_default_qat_qconfig("x86")
+    model = prepare_qat(model)
+    state = Two().state_dict()
+    qc.load_checkpoint(model, state, calibration=[(torch.zeros(1, 2), torch.ones(1, 2) * 3, "label")])
+    assert model.quant.activation_post_process.activation_post_process.max_val == 3
+
+
+def test_a_wrapper_does_not_hide_what_forward_takes(expected: nn.Module) -> None:
+    """`DataParallel.forward(*inputs)` hands on all it is given."""
+    model = nn.DataParallel(prepared("eager-x86", "plain"))
+    qc.load_checkpoint(model, ARCH.state(), calibration=[(batch, torch.zeros(3)) for batch in ARCH.batches()])
+    assert_same_state(model.module, expected)
+
+
+def test_defer_leaves_ranges_to_training_with_observers_on() -> None:
+    model = prepared("eager-x86", "plain")
+    fresh = copy.deepcopy(model.state_dict())
+    report = qc.load_checkpoint(model, ARCH.state(), calibration="defer")
+    for key, value in model.state_dict().items():
+        if "activation_post_process." in key and "weight_fake_quant" not in key:
+            assert torch.equal(value, fresh[key]), key
+            assert report.provenance(key).startswith("keep:"), key
+        if key.endswith("observer_enabled"):
+            assert value.item() == 1
+    assert report.provenance("fc.activation_post_process.scale") == (
+        "keep: deferred to the first training batches (calibration='defer')"
+    )
+    model(ARCH.batches()[0])
+    assert (model.fc.activation_post_process.scale != 1).all()
+
+
+def test_defer_and_a_saved_calibration_still_compute_weight_ranges(expected: nn.Module) -> None:
+    model = _loaded("defer")
+    for key, value in expected.state_dict().items():
+        if "weight_fake_quant" in key:
+            assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_data_that_nothing_needs_is_said() -> None:
+    report = qc.load_checkpoint(nn.Linear(2, 2), nn.Linear(2, 2).state_dict(), calibration=[torch.ones(1, 2)])
+    assert "calibration data was not used: nothing needed it" in report.warnings
+
+
+# --- a calibration that is kept ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flow", "name", "form"), [*((*case, "object") for case in CASES), (*CASES[0], "file"), (*CASES[3], "file")]
+)
+def test_a_saved_calibration_gives_what_the_data_gave(flow: str, name: str, form: str, tmp_path: Path) -> None:
+    arch, source = ARCHS[name], prepared(flow, name)
+    qc.load_checkpoint(source, arch.state(), calibration=arch.batches())
+    calibration = qc.calibrate(source, arch.batches())
+    path = calibration.save(tmp_path / "ranges.safetensors")
+    model = prepared(flow, name)
+    report = qc.load_checkpoint(model, arch.state(), calibration=calibration if form == "object" else path)
+    assert_same_state(model, source)
+    assert report.batches == 0
+    assert report.findings == ()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_save_and_load_are_inverse(tmp_path: Path, suffix: str) -> None:
+    model = _loaded(ARCH.batches())
+    calibration = qc.calibrate(model, ARCH.batches(), statistic="percentile")
+    back = qc.Calibration.load(calibration.save(tmp_path / f"ranges{suffix}"))
+    assert (back.statistic, back.batches, back.weights) == ("percentile", 2, calibration.weights)
+    assert list(back.tensors) == list(calibration.tensors)
+    assert_same_state(dict(back.tensors), dict(calibration.tensors))
+
+
+def test_a_calibration_goes_under_any_wrapper() -> None:
+    calibration = qc.calibrate(_loaded(ARCH.batches()), ARCH.batches())
+    wrapped = nn.DataParallel(prepared("eager-x86", "plain"))
+    report = qc.load_checkpoint(wrapped, ARCH.state(), calibration=calibration)
+    assert_same_state(wrapped.module, _loaded(ARCH.batches()))
+    assert report.findings == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["fc.weight"].add_(1),
+        lambda state: state["fc.weight"].copy_(state["fc.weight"].flip(0)),
+        lambda state: state["bn1.running_var"].mul_(4),
+    ],
+    ids=["values", "order", "statistics"],
+)
+def test_a_calibration_of_other_weights_is_reported(change: Callable[[dict[str, Tensor]], object]) -> None:
+    calibration = qc.calibrate(_loaded(ARCH.batches()), ARCH.batches())
+    state = ARCH.state()
+    change(state)
+    report = qc.load_checkpoint(prepared("eager-x86", "plain"), state, calibration=calibration)
+    assert "the saved calibration was taken with other weights than the ones loaded here" in report.warnings
+
+
+def test_a_calibration_of_these_weights_is_not() -> None:
+    calibration = qc.calibrate(_loaded(ARCH.batches()), ARCH.batches())
+    assert qc.load_checkpoint(prepared("eager-x86", "plain"), ARCH.state(), calibration=calibration).findings == ()
+
+
+def test_calibrate_takes_every_form_of_data() -> None:
+    model = _loaded(ARCH.batches())
+    first = qc.calibrate(model, ARCH.batches())
+    with untouched(model):
+        for form in ("generator", "with labels", "numpy", "keywords"):
+            other = qc.calibrate(model, _FORMS[form]())
+            assert_same_state(dict(other.tensors), dict(first.tensors))
+            assert other == qc.Calibration(other.tensors, "native", 2, first.weights)
+        by_callable = qc.calibrate(model, lambda m: [m(batch) for batch in ARCH.batches()])
+    assert_same_state(dict(by_callable.tensors), dict(first.tensors))
+    assert by_callable.batches == 0

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from qat_compat.apply import Work, apply
+from qat_compat.apply import Driving, apply
 from qat_compat.calibrate import Data, Inputs
-from qat_compat.calibration import Calibration, calibrate, check_statistic, fingerprint
-from qat_compat.errors import CalibrationError, CompatError, PlanError, ProblemKind
+from qat_compat.calibration import Calibration, calibrate, fingerprint
+from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import to_float
 from qat_compat.frameworks import Description, describe_model
-from qat_compat.isolation import paused_collector
+from qat_compat.isolation import paused_collector, preserved_random_state
 from qat_compat.join import Goal, join, without
 from qat_compat.match import Evidence, Match, Rename, canonical, match
+from qat_compat.options import (
+    CalibrationLike,
+    Globs,
+    Options,
+    calibration_of,
+    check_options,
+    device_of,
+    globs_of,
+)
 from qat_compat.plan import Keep, Plan, Synthesize
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
 from qat_compat.schema import Schema
 from qat_compat.source import Source, SourceLike, hidden_state, open_any
+from qat_compat.staging import Reading
 from qat_compat.storage import Checkpoint, save
 from qat_compat.text import collapse, shorten
 
 __all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
-
-CalibrationLike = Data | Calibration | str | PathLike[str] | Literal["defer"] | None
-Globs = str | Sequence[str]
 
 
 def open_checkpoint(source: SourceLike, *, select: str | None = None) -> Checkpoint:
@@ -116,25 +124,7 @@ def plan_load(model: nn.Module, source: SourceLike, **options: Any) -> Plan:
         The plan; its `problems` say why it cannot be carried out, if it cannot.
     """
     with paused_collector():
-        return _prepare(model, source, _Options(**options), dry=True).plan
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options of `load_checkpoint`, with the same names and defaults."""
-
-    calibration: CalibrationLike = None
-    inputs: Inputs | None = None
-    select: str | None = None
-    float_model: nn.Module | None = None
-    rename: Rename = ()
-    keep: Globs = ()
-    drop: Globs = ()
-    statistic: str = "native"
-    inplace: bool = False
-    mmap: bool = False
-    device: torch.device | str | None = None
-    progress: bool | None = None
+        return _prepare(model, source, Options(**options), dry=True).plan
 
 
 @dataclass(frozen=True)
@@ -209,28 +199,31 @@ def load_checkpoint(
         CheckpointError: The source cannot be read.
     """
     started = time.perf_counter()
-    options = _Options(
+    options = Options(
         calibration, inputs, select, float_model, rename, keep, drop, statistic, inplace, mmap, device, progress
     )
+    with preserved_random_state():  # a data loader that shuffles draws from it too
+        return _load(model, source, options, started)
+
+
+def _load(model: nn.Module, source: SourceLike, options: Options, started: float) -> Report:
     with paused_collector():
         ready = _prepare(model, source, options)
     _raise_problems(ready.plan)
-    totals: dict[str, int | None] = {"read": ready.plan.copied, "calibrate": _length(calibration)}
-    with progress_bars(progress, totals) as advance:
-        work = Work(
+    totals: dict[str, int | None] = {"read": ready.plan.copied, "calibrate": _length(options.calibration)}
+    with progress_bars(options.progress, totals) as advance:
+        reading = Reading(
             ready.description,
-            ready.source.checkpoint.__getitem__,
-            name=ready.source.checkpoint.name,
-            data=ready.data,
-            inputs=inputs,
-            statistic=statistic,
+            ready.source.read,
+            ready.source.checkpoint.name,
             saved=ready.saved.tensors if ready.saved is not None else {},
-            inplace=inplace,
-            mmap=mmap,
-            device=_device(device),
-            advance=advance,
+            inplace=options.inplace,
+            mmap=options.mmap,
+            device=device_of(options.device),
+            advance=partial(advance, "read"),
         )
-        outcome = apply(ready.plan, work)
+        driving = Driving(ready.data, options.inputs, options.statistic, partial(advance, "calibrate"))
+        outcome = apply(ready.plan, reading, driving)
     findings = outcome.findings
     if ready.saved is not None and ready.saved.weights != fingerprint(ready.description):
         findings += ("the saved calibration was taken with other weights than the ones loaded here",)
@@ -240,7 +233,7 @@ def load_checkpoint(
 def _length(data: object) -> int | None:
     try:
         return len(data)  # type: ignore[arg-type]
-    except TypeError:
+    except Exception:  # a user's own `__len__` may do anything; the length only sets the end of a progress bar
         return None
 
 
@@ -258,53 +251,16 @@ def _raise_problems(plan: Plan) -> None:
     raise PlanError(plan.problems, file=plan.source)
 
 
-def _globs(value: Globs) -> Sequence[str]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _device(value: torch.device | str | None) -> torch.device | None:
-    try:
-        return None if value is None else torch.empty(0, device=value).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise CompatError(f"no such device: {error}", key="device", found=repr(value)) from error
-
-
-def _check_options(model: object, options: _Options) -> None:
-    """Say which argument is not what it should be, before anything else happens."""
-    rows: list[tuple[str, object, bool, str]] = [
-        ("model", model, isinstance(model, nn.Module), "a module (load_checkpoint(model, source))"),
-        (
-            "float_model",
-            options.float_model,
-            options.float_model is None or isinstance(options.float_model, nn.Module),
-            "the unprepared module",
-        ),
-        ("inputs", options.inputs, options.inputs is None or callable(options.inputs), "callable(batch)"),
-    ]
-    for name in ("keep", "drop"):
-        value = getattr(options, name)
-        fine = isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(v, str) for v in value))
-        rows.append((name, value, fine, "a glob or a list of globs"))
-    pairs = options.rename
-    fine = isinstance(pairs, Sequence) and not isinstance(pairs, str)
-    fine = fine and all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
-    rows.append(("rename", pairs, fine, "a list of (pattern, replacement) pairs"))
-    for name, value, fine, expected in rows:
-        if not fine:
-            raise CompatError(f"{name} is not what it should be", key=name, expected=expected, found=repr(value)[:80])
-
-
-def _prepare(model: nn.Module, source: SourceLike, options: _Options, *, dry: bool = False) -> _Prepared:
-    _check_options(model, options)
-    check_statistic(options.statistic)
+def _prepare(model: nn.Module, source: SourceLike, options: Options, *, dry: bool = False) -> _Prepared:
+    check_options(model, options)
     opened = open_any(source, select=options.select)
     description = describe_model(model)
-    data, saved, kind = _calibration(options.calibration)
-    kept, ignored = without(opened.schema, _globs(options.drop))
+    data, saved, kind = calibration_of(options.calibration)
+    kept, ignored = without(opened.schema, globs_of(options.drop))
     target = _with_float_model(description.schema, options.float_model)
     found, data = _matched(opened, kept, target, description, data, options, dry)
     recorded = {key: tuple(value.shape) for key, value in saved.tensors.items()} if saved is not None else {}
-    goal = Goal(_globs(options.keep), kind, recorded)
+    goal = Goal(globs_of(options.keep), kind, recorded)
     plan = join(
         kept,
         target,
@@ -313,7 +269,7 @@ def _prepare(model: nn.Module, source: SourceLike, options: _Options, *, dry: bo
         ties={key: slot.keys for key, slot in description.view.slots.items() if len(slot.keys) > 1},
         goal=goal,
         ignored=ignored,
-        alias=opened.checkpoint.alias,
+        alias=opened.alias,
         unused=_float_names(options.float_model),
         names=(opened.checkpoint.name, f"{type(model).__name__} ({target.framework})"),
     )
@@ -327,7 +283,7 @@ def _matched(
     target: Schema,
     description: Description,
     data: Data | None,
-    options: _Options,
+    options: Options,
     dry: bool,
 ) -> tuple[Match, Data | None]:
     """Pair the names, asking the data only what nothing else could tell; the data still begins with its first batch.
@@ -352,33 +308,12 @@ def _matched(
         found = match(source, target, rename=options.rename, evidence=evidence)
     if found.options and not dry:
         guessed = {p: found.norms[p][0] for p in found.options if p in found.norms}
-        seen = from_statistics(description, found, found.options, opened.checkpoint.__getitem__, batch, options.inputs)
+        seen = from_statistics(description, found, found.options, opened.read, batch, options.inputs)
         if found.problems:
             found = match(source, target, rename=options.rename, evidence=[*evidence, seen])
         hosts = {one.prefix: one.host for one in target.fused}
         found.problems += contradictions(seen, guessed, hosts)
     return found, data
-
-
-def _calibration(value: CalibrationLike) -> tuple[Data | None, Calibration | None, str]:
-    """Batches or callable, saved calibration, and the word that the plan uses."""
-    if value is None:
-        return None, None, "none"
-    if isinstance(value, str) and value == "defer":
-        return None, None, "defer"
-    if isinstance(value, (str, PathLike)):
-        value = Calibration.load(value)
-    if isinstance(value, Calibration):
-        return None, value, "record"
-    if isinstance(value, torch.Tensor) or not (callable(value) or isinstance(value, Iterable)):
-        raise CalibrationError(
-            "this is no calibration data",
-            key="calibration",
-            expected="an iterable of batches, a callable(model), a Calibration, its path, 'defer' or None",
-            found=type(value).__name__,
-            remedy="put a single batch into a list: calibration=[batch]",
-        )
-    return value, None, "batches"
 
 
 def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
@@ -406,7 +341,7 @@ def _float_names(float_model: nn.Module | None) -> frozenset[str]:
     return frozenset(keys) | frozenset(map(canonical, keys))
 
 
-def _notes(plan: Plan, description: Description, options: _Options) -> list[str]:
+def _notes(plan: Plan, description: Description, options: Options) -> list[str]:
     notes: list[str] = []
     if options.float_model is None:
         schema = description.schema

@@ -49,6 +49,8 @@ def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[s
 
 
 def _positional_count(model: nn.Module, available: int) -> int:
+    while isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+        model = getattr(model, "module", getattr(model, "_orig_mod", None))  # type: ignore[assignment]
     graph = getattr(model, "graph", None)
     if isinstance(graph, torch.fx.Graph):
         return sum(node.op == "placeholder" for node in graph.nodes)

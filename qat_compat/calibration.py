@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qat_compat.apply import rehearsal
 from qat_compat.calibrate import Data, Inputs, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
 from qat_compat.match import canonical
 from qat_compat.qparams import STATISTICS
-from qat_compat.state import join_path
 from qat_compat.storage import open_source, save
+from qat_compat.transaction import rehearsal
 
 __all__ = ["Calibration", "calibrate", "fingerprint"]
 
@@ -135,13 +134,19 @@ def _current(description: Description, key: str) -> Tensor:
 
 
 def fingerprint(description: Description) -> str:
-    """A digest of the float weights that does not depend on wrappers or order: 64-bit sums, one per tensor."""
+    """A digest of the float tensors that does not depend on wrappers or on the order of keys.
+
+    Two 64-bit sums per tensor: of its values, and of its values along a ramp, so that their order counts.
+    """
     rows = []
     with torch.no_grad():
         for key in description.schema.float_keys():
             slot = description.view.slots.get(key)
-            if slot is not None and slot.is_parameter and slot.tensor.device.type != "meta":
-                rows.append(f"{canonical(join_path(key))}={float(slot.tensor.double().sum()).hex()}")
+            if slot is None or slot.tensor.device.type == "meta" or not slot.tensor.is_floating_point():
+                continue
+            flat = slot.tensor.detach().reshape(-1).double()
+            ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
+            rows.append(f"{canonical(key)}={float(flat.sum()).hex()},{float(flat @ ramp).hex()}")
     return hashlib.blake2b("\n".join(sorted(rows)).encode(), digest_size=16).hexdigest()
 
 

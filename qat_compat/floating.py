@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat_compat.casting import cast_loss
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
 from qat_compat.evidence import from_float_model
 from qat_compat.frameworks.base import plain_entry
@@ -90,7 +91,13 @@ def to_float(
         if key is None:
             return layout.kept[name] if layout.kept is not None else torch.zeros((), dtype=torch.int64)
         value = read(key)
-        return value.to(specs[name].dtype) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or value.dtype == specs[name].dtype:
+            return value
+        loss = cast_loss(value, specs[name].dtype)
+        if loss is not None and loss.fatal:
+            remedy = "pass like= in the source's dtype"
+            raise PlanError([Problem(ProblemKind.LOSSY, name, loss.text, remedy)], file=opened.checkpoint.name)
+        return value.to(specs[name].dtype)
 
     result = Checkpoint(
         specs,
@@ -169,7 +176,7 @@ def _layout_of(source: Source, like: Like) -> _Layout:
         side.schema,
         found,
         ties=_ties(side.checkpoint),
-        alias=source.checkpoint.alias,
+        alias=source.alias,
         names=(source.checkpoint.name, "like="),
     )
     if source.description is None and source.schema.framework in ("fx", "pt2e"):
@@ -218,8 +225,18 @@ def _like_source(like: Like) -> tuple[Source, list[Evidence]]:
             )
         return side, [from_float_model(like)]
     if isinstance(like, (str, PathLike, Mapping)):
-        return open_any(like), []
-    unknown = {str(key): _unknown_entry(str(key)) for key in like}
+        side = open_any(like)
+        if side.schema.stage is not Stage.FLOAT:
+            raise CompatError(
+                "like= is a prepared checkpoint", key="like", expected="float keys", found=side.schema.framework
+            )
+        return side, []
+    try:
+        unknown = {str(key): _unknown_entry(str(key)) for key in like}
+    except TypeError as error:
+        expected = "a float model, a state_dict, a path, or keys"
+        found = type(like).__name__
+        raise CompatError("this is no float layout", key="like", expected=expected, found=found) from error
     return Source(Checkpoint({}, _no_tensor, name="like="), Schema(unknown)), []
 
 
@@ -238,7 +255,7 @@ def _unknown_entry(key: str) -> Entry:
 
 def _reader(source: Source, weights: str) -> Callable[[str], Tensor]:
     if weights == "latent":
-        return source.checkpoint.__getitem__
+        return source.read
     if weights != "quantized":
         raise CompatError("unknown option", key="weights", expected="'latent' or 'quantized'", found=repr(weights))
     if source.description is None:

@@ -47,6 +47,7 @@ class _Draft:
     problems: list[Problem] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # source keys that a step reads
+    kept_modules: set[str] = field(default_factory=set)  # modules that keep their own values, by float and by own path
 
     def problem(self, kind: ProblemKind, key: str, detail: str, remedy: str = "") -> None:
         self.problems.append(Problem(kind, key, detail, remedy))
@@ -147,6 +148,8 @@ def _float_entries(draft: _Draft, found: Match, ties: Mapping[str, Sequence[str]
         if _matches(goal.keep, key, site):
             kept_globs -= {glob for glob in goal.keep if _matches([glob], key, site)}
             draft.steps[key] = Keep(key, "asked for by keep=")
+            draft.kept_modules |= {split_path(key)[0], split_path(site)[0]}
+            draft.kept_modules |= {one.host for one in target.fused if key.startswith(f"{one.prefix}.")}
             if key in found.pairs:
                 origin = found.pairs[key][0]
                 draft.dropped[origin] = Drop(origin, "the target keeps its own value (keep=)")
@@ -335,11 +338,7 @@ def _is_old_default(scale: Spec | None) -> bool:
 def _carry(draft: _Draft, quantizer: Quantizer, keys: Sequence[str], origin: Mapping[str, str], foreign: bool) -> None:
     """Take the state that the source holds, as far as it fits this quantizer."""
     target = draft.target
-    kept_host = any(
-        isinstance(draft.steps.get(key), Keep) and "keep=" in getattr(draft.steps[key], "reason", "")
-        for key in (join_path(split_path(quantizer.name)[0], "weight"),)
-    )
-    if kept_host:
+    if quantizer.site.partition(":")[2] in draft.kept_modules:
         _drop(draft, origin, "its module keeps its own value (keep=)")
         _synthesize(draft, quantizer, keys, "its module keeps its own value")
         return

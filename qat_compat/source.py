@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
-from qat_compat.schema import Schema, Stage
+from qat_compat.schema import Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
 
@@ -27,6 +27,18 @@ class Source:
     checkpoint: Checkpoint
     schema: Schema
     description: Description | None = None
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, also of the state that no state_dict holds and that our own files carry beside it."""
+        hidden = self.checkpoint.record.get("hidden")
+        if key not in self.checkpoint and isinstance(hidden, Mapping):
+            value: Tensor = hidden[key]
+            return value
+        return self.checkpoint[key]
+
+    def alias(self, key: str) -> Hashable | None:
+        """What two keys have in common that are one tensor; None where that is not known."""
+        return self.checkpoint.alias(key) if key in self.checkpoint else None
 
     @property
     def module_order(self) -> list[str]:
@@ -57,6 +69,9 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
         )
     checkpoint = open_source(source, select=select)
     specs = {key: checkpoint.spec(key) for key in checkpoint}
+    hidden = checkpoint.record.get("hidden")
+    if isinstance(hidden, Mapping):
+        specs |= {key: Spec(tuple(value.shape), value.dtype) for key, value in hidden.items() if key not in specs}
     schema = describe_keys(KeyView(specs, checkpoint.versions, checkpoint.record))
     if isinstance(source, Mapping) and not isinstance(source, Checkpoint) and _holds_subclasses(checkpoint):
         schema = replace(schema, framework="torchao", stage=Stage.CONVERTED)
@@ -87,8 +102,10 @@ def _from_module(model: nn.Module) -> Source:
     specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
     checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, alias=alias)
-    checkpoint.framework, checkpoint.stage = description.schema.framework, description.schema.stage.value
     schema = description.schema
+    if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
+        schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
+    checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema, description)
 
 

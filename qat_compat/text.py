@@ -7,23 +7,28 @@ from collections.abc import Iterable, Sequence
 
 __all__ = ["collapse", "shorten"]
 
+_FOLDED = 300  # lines; folding by part takes time with the square of them
+_PART = re.compile(r"(?:[^.{]|\{[^{}]*\})+")  # of a dotted name; what stands in braces is one part
+
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])|\d+$|(?<=[A-Za-z_])\d+(?=\.|$)")
 
 
 def collapse(names: Iterable[str]) -> list[str]:
-    """Fold names that differ in one layer number, then names that differ in their last part.
+    """Fold names that differ in their last part, in one layer number, then in any one part.
 
     Example:
         >>> collapse(f"encoder.layer.{i}.fc.{leaf}" for i in range(12) for leaf in ("weight", "bias"))
         ['encoder.layer.{0...11}.fc.{weight,bias}']
         >>> collapse(["conv1.weight", "conv2.weight", "conv4.weight"])
         ['conv{1,2,4}.weight']
+        >>> collapse(f"attention.{part}.{leaf}" for part in ("query", "key") for leaf in ("weight", "bias"))
+        ['attention.{query,key}.{weight,bias}']
     """
     folded = _fold_leaves(list(dict.fromkeys(names)))
     while True:
         smaller = _fold_numbers(folded)
         if len(smaller) == len(folded):
-            return smaller
+            return _fold_parts(smaller)
         folded = smaller
 
 
@@ -73,6 +78,27 @@ def _fold_numbers(names: Sequence[str]) -> list[str]:
         _, head, tail = item.split("\0")
         lines.append(f"{head}{_numbers(sorted(set(groups[(head, tail)])))}{tail}")
     return lines
+
+
+def _fold_parts(names: Sequence[str]) -> list[str]:
+    """Fold names that are equal but for one part, the part with the most variants first."""
+    if len(names) > _FOLDED:
+        return list(names)
+    lines = [tuple(_PART.findall(name)) for name in names]
+    lines = [line if ".".join(line) == name else (name,) for line, name in zip(lines, names, strict=True)]
+    while True:
+        forms: dict[tuple[tuple[str, ...], int], list[str]] = {}
+        for line in lines:
+            for index, part in enumerate(line):
+                if len(line) > 1 and "{" not in part:
+                    forms.setdefault(((*line[:index], "", *line[index + 1 :]), index), []).append(part)
+        (form, index), parts = max(forms.items(), key=lambda item: len(item[1]), default=(((), 0), []))
+        if len(parts) < 2:
+            return list(map(".".join, lines))
+        gone = [(*form[:index], part, *form[index + 1 :]) for part in parts]
+        place = lines.index(gone[0])
+        lines[place] = (*form[:index], "{" + ",".join(parts) + "}", *form[index + 1 :])
+        lines = [line for line in lines if line not in gone]
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -183,8 +183,8 @@ def test_the_error_names_the_file(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "source and target cannot be joined: 1 problem\n"
         f"  file:     {path}\n"
-        "  missing      fc.bias: float32[4] is not in the source; rename= maps another name to it, keep='fc.bias' leaves"
-        " the model's own value"
+        "  missing      fc.bias: float32[4] is not in the source; rename= maps another name to it, keep='fc.bias'"
+        " leaves the model's own value"
     )
 
 

@@ -214,7 +214,12 @@ class FX(TorchAO):
             return f"graph:{node.target}"
         if producer.op == "placeholder":
             return f"input:{join_path(parent, str(producer.target))}"
-        name = str(producer.target) if producer.op == "call_module" else producer.name
+        if producer.op == "call_module":
+            return f"output:{join_path(parent, str(producer.target))}"
+        # an exported graph says which module a call comes from; only a module that makes one call is named by it
+        stack = list((producer.meta.get("nn_module_stack") or {}).values())
+        module, kind = stack[-1] if stack else ("", "")
+        name = module if module and str(kind).startswith("torch.nn.modules.") else producer.name
         return f"output:{join_path(parent, name)}"
 
     def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:

@@ -12,16 +12,17 @@ What is known here, and what it rests on (torch 2.13):
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_compat.errors import Problem, ProblemKind
+from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import (
     Framework,
     KeyView,
@@ -199,15 +200,20 @@ class FakeQuant(Quantizer):
     def _quantized(self) -> Tensor:
         assert self.source is not None
         module: Any = self.module
+        if self._untouched():
+            raise QParamError(
+                "the weight quantizer has seen nothing yet",
+                key=self.name,
+                remedy="load or calibrate the model first, or take the latent weights",
+            )
+        # a copy of the module itself: the fused kernel works out a slightly other scale than `calculate_qparams`
+        quantizer = copy.deepcopy(module)
+        for name, on in (("observer_enabled", 0), ("static_enabled", 0), ("fake_quant_enabled", 1)):
+            flag = getattr(quantizer, name, None)
+            if isinstance(flag, Tensor):
+                flag.fill_(on)
         with torch.no_grad():
-            value, observer = self.source(), self.observer
-            bounds = (observer.quant_min, observer.quant_max)
-            if self.per_channel:
-                value = torch.fake_quantize_per_channel_affine(
-                    value, module.scale, module.zero_point, module.ch_axis, *bounds
-                )
-            else:
-                value = torch.fake_quantize_per_tensor_affine(value, module.scale, module.zero_point, *bounds)
+            value: Tensor = quantizer(self.source())
             return value if self._factor is None else value / self._factor()
 
     def ranges(self) -> list[Tensor]:
@@ -311,6 +317,18 @@ def _is_fused_qat(module: nn.Module) -> bool:
     return "weight_fake_quant" in module._modules and isinstance(module._modules.get("bn"), _BatchNorm)
 
 
+def _is_wrapper(module: nn.Module) -> bool:
+    """A `QuantWrapper`, which preparing a model puts around it or around its layers."""
+    return _has_base(module, "QuantWrapper")
+
+
+def _without(path: str, inner: Collection[str]) -> str:
+    """A path less the segments that end one of `inner`."""
+    parts = path.split(".")
+    ends = range(1, len(parts) + 1)
+    return ".".join(part for part, end in zip(parts, ends, strict=True) if ".".join(parts[:end]) not in inner)
+
+
 def _is_fused_float(module: nn.Module) -> bool:
     """A fused module that was not prepared: a Sequential of its float parts."""
     return _has_base(module, "_FusedModule") and "weight" not in module._parameters and "0" in module._modules
@@ -355,7 +373,12 @@ class TorchAO(Framework):
         return Entry(quantizer.site, role, spec.shape, spec.dtype, quantizer.name, leaf)
 
     def sites(self, view: ModelView) -> Mapping[str, str]:
-        return {join_path(path, "0"): path for path, module in view.modules.items() if _is_fused_float(module)}
+        inner = {join_path(path, "module") for path, module in view.modules.items() if _is_wrapper(module)}
+        found = {path: _without(path, inner) for path in inner}
+        for path, module in view.modules.items():
+            if _is_fused_float(module):
+                found[join_path(path, "0")] = _without(path, inner)
+        return found
 
     def fused(self, view: ModelView) -> list[Fused]:
         norms: dict[str, tuple[str, int]] = {}  # prefix of the norm -> host, how many modules were fused after the host

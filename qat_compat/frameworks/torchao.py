@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat.errors import Problem, ProblemKind
+from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
@@ -103,11 +103,22 @@ class IntxQuantizer(Quantizer):
         return {join_path(self._host_path, "weight"): self._quantized} if self._is_weight else {}
 
     def _quantized(self) -> Tensor:
-        before = {name: getattr(self.module, name, None) for name in _LEAVES}
-        with torch.no_grad():
-            value: Tensor = self.module(_weight_of(self._host))
-        for name, old in before.items():
-            setattr(self.module, name, old)
+        module: Any = self.module
+        before = {name: getattr(module, name, None) for name in _LEAVES}
+        if self.learns and before["scale"] is None:
+            raise QParamError(
+                "the weight quantizer has learnt nothing yet",
+                key=self.name,
+                remedy="load or calibrate the model first, or take the latent weights",
+            )
+        enabled, module.enabled = module.enabled, True
+        try:
+            with torch.no_grad():
+                value: Tensor = module(_weight_of(self._host))
+        finally:
+            module.enabled = enabled
+            for name, old in before.items():
+                setattr(module, name, old)
         return value
 
     def channels(self) -> int | None:

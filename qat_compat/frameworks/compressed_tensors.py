@@ -1,0 +1,83 @@
+"""compressed-tensors: what llm-compressor writes and vLLM reads.
+
+What is known here, and what it rests on (compressed-tensors 0.20):
+
+* Float names stay; beside `weight` a layer has `weight_scale` (out, 1), (out, in/group) or (1,), `weight_zero_point`,
+  `input_scale` (1,), `input_zero_point`, and likewise for outputs and for the keys and values of attention.
+* Before compression `weight` is the master weight, in floating point. Compressed, it is int8 or float8
+  (`int-quantized`, `float-quantized`, `naive-quantized`), or gone: `weight_packed` holds 4-bit values (int32 words, or
+  uint8 for NVFP4) and `weight_shape` their true shape, with `weight_g_idx` where columns were reordered.
+* `weight_scale_inv` is the same for 128 x 128 blocks of a float8 weight; `weight_scale_2` is what ModelOpt's export
+  calls NVFP4's `weight_global_scale`.
+* A float model's own tensor may be called `weight_scale` too; what tells is its shape and its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qat_compat.frameworks.base import KeyView
+from qat_compat.frameworks.key_tables import KeyedFramework, Place, holds_integers, site_of
+from qat_compat.schema import Role, Spec, Stage
+from qat_compat.state import join_path, split_path
+
+__all__ = ["CompressedTensors"]
+
+PARTS: Mapping[str, Role] = {
+    "scale":         Role.SCALE,
+    "scale_inv":     Role.SCALE,
+    "scale_2":       Role.SCALE,
+    "global_scale":  Role.SCALE,
+    "zero_point":    Role.ZERO_POINT,
+    "g_idx":         Role.CONSTANT,
+    "packed":        Role.PACKED,
+    "shape":         Role.PACKED,
+}  # fmt: skip
+
+KINDS = ("weight", "input", "output", "q", "k", "v")
+LEAVES: Mapping[str, tuple[str, Role]] = {f"{k}_{part}": (k, role) for k in KINDS for part, role in PARTS.items()}
+_COMPRESSED = ("weight_packed", "weight_scale_inv")
+
+
+class CompressedTensors(KeyedFramework):
+    """compressed-tensors."""
+
+    name = "compressed_tensors"
+
+    def place(self, key: str, spec: Spec) -> Place | None:
+        parent, leaf = split_path(key)
+        if leaf not in LEAVES:
+            return None
+        kind, role = LEAVES[leaf]
+        return Place(join_path(parent, kind), site_of(kind, parent), leaf.removeprefix(f"{kind}_"), role)
+
+    def owns_keys(self, view: KeyView) -> bool:
+        return any(_tells(key, view) for key in view.specs if key.endswith(("weight_scale", *_COMPRESSED)))
+
+    def stage(self, view: KeyView) -> Stage:
+        packed = any(key.endswith(_COMPRESSED) for key in view.specs)
+        return Stage.CONVERTED if packed or holds_integers(view.specs) else Stage.PREPARED
+
+
+def _tells(key: str, view: KeyView) -> bool:
+    """Whether this is a quantizer's scale for the weight beside it, rather than a tensor of the float model's own."""
+    parent, leaf = split_path(key)
+    spec, weight = view.specs[key], view.specs.get(join_path(parent, "weight"))
+    if leaf == "weight_packed":
+        return spec.dtype in (torch.int32, torch.uint8)
+    if leaf == "weight_scale_inv":
+        return weight is not None and holds_integers({"weight": weight})
+    if leaf != "weight_scale":
+        return False
+    if weight is None:
+        return join_path(parent, "weight_packed") in view.specs
+    rows = weight.shape[0] if weight.shape else 0
+    if holds_integers({"weight": weight}):
+        return True
+    return (
+        spec.shape == (1,)
+        or (len(spec.shape) == 2 and spec.shape[0] == rows)
+        or (join_path(parent, "weight_zero_point") in view.specs)
+    )

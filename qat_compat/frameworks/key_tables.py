@@ -1,0 +1,82 @@
+"""Frameworks that are told by the keys of their checkpoints: what such a framework file has to say, and no more."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from qat_compat.frameworks.base import Framework, KeyView, ModelView, Quantizer, plain_entry
+from qat_compat.schema import Entry, Role, Schema, Spec, Stage
+from qat_compat.state import split_path
+
+__all__ = ["KeyedFramework", "Place", "holds_integers", "site_of"]
+
+# what a weight is stored as when it is no master weight any more
+_INTEGERS = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
+
+
+class Place(NamedTuple):
+    """Where one tensor of a quantizer's state belongs: its quantizer, what that quantizes, and the tensor's part in
+    it."""
+
+    quantizer: str
+    site: str
+    leaf: str
+    role: Role
+
+
+class KeyedFramework(Framework):
+    """A framework of which only checkpoints are described; its models are read as the modules that they are."""
+
+    def owns_model(self, view: ModelView) -> bool:
+        return False
+
+    def quantizers(self, view: ModelView) -> list[Quantizer]:
+        return []
+
+    @abstractmethod
+    def place(self, key: str, spec: Spec) -> Place | None:
+        """The meaning of a tensor of a quantizer's state; None for what the float model holds too."""
+
+    def float_site(self, key: str, view: KeyView) -> str:
+        """The float model's name of a tensor that is not a quantizer's."""
+        return key
+
+    def owns_keys(self, view: KeyView) -> bool:
+        return any(self.place(key, spec) is not None for key, spec in view.specs.items())
+
+    def stage(self, view: KeyView) -> Stage:
+        return Stage.CONVERTED if holds_integers(view.specs) else Stage.PREPARED
+
+    def describe_keys(self, view: KeyView) -> Schema:
+        entries: dict[str, Entry] = {}
+        for key, spec in view.specs.items():
+            place = self.place(key, spec)
+            if place is None:
+                entries[key] = plain_entry(self.float_site(key, view), spec)
+            else:
+                entries[key] = Entry(place.site, place.role, *spec, place.quantizer, place.leaf)
+        return Schema(entries, self.name, self.stage(view))
+
+
+def holds_integers(specs: Mapping[str, Spec]) -> bool:
+    """Whether a weight is stored as integers, or in 8-bit floating point: what training starts from is gone then.
+
+    Example:
+        >>> holds_integers({"fc.weight": Spec((2, 2), torch.int8), "fc.weight_scale": Spec((2, 1), torch.float32)})
+        True
+    """
+    return any(spec.dtype in _INTEGERS and split_path(key)[1] == "weight" for key, spec in specs.items())
+
+
+def site_of(kind: str, host: str, index: str = "0") -> str:
+    """The site of a quantizer of a module; `index` tells its inputs (or outputs) apart.
+
+    Example:
+        >>> site_of("input", "fc"), site_of("input", "add", "1"), site_of("input", "")
+        ('input:fc', 'input:add#1', 'input:')
+    """
+    return f"{kind}:{host}" + ("" if index == "0" else f"#{index}")

@@ -17,13 +17,16 @@ from torch import nn
 from qat_compat.apply import Driving, apply
 from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, calibrate, fingerprint
+from qat_compat.draft import Goal
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import to_float
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.isolation import paused_collector, preserved_random_state
-from qat_compat.join import Goal, join, without
-from qat_compat.match import Evidence, Match, Rename, canonical, match
+from qat_compat.join import join, without
+from qat_compat.match import match
+from qat_compat.names import Rename, canonical
+from qat_compat.norms import Evidence, Match
 from qat_compat.options import (
     CalibrationLike,
     Globs,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat_compat.calibrate import Data, Inputs, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
-from qat_compat.match import canonical
+from qat_compat.names import canonical
 from qat_compat.qparams import STATISTICS
 from qat_compat.storage import open_source, save
 from qat_compat.transaction import rehearsal

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qat_compat.api import open_checkpoint, plan_load, save_checkpoint, to_float
 from qat_compat.errors import CompatError, PlanError, ProblemKind
-from qat_compat.match import canonical
+from qat_compat.names import canonical
 from qat_compat.report import fit, write_page
 from qat_compat.schema import Spec, Stage
 from qat_compat.storage import Checkpoint

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qat_compat.calibrate import Inputs, run_once
 from qat_compat.errors import Problem, ProblemKind
 from qat_compat.frameworks import Description, describe_model
-from qat_compat.match import Evidence, Match
+from qat_compat.norms import Evidence, Match
 from qat_compat.trace import followers, watch_followers
 from qat_compat.transaction import rehearsal
 

@@ -15,7 +15,8 @@ from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
 from qat_compat.evidence import from_float_model
 from qat_compat.frameworks.base import plain_entry
 from qat_compat.join import join
-from qat_compat.match import Evidence, match, resolve_alone
+from qat_compat.match import match
+from qat_compat.norms import Evidence, resolve_alone
 from qat_compat.plan import Copy, Keep
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.source import Source, SourceLike, open_any

@@ -13,7 +13,7 @@ from torch import nn
 from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, check_statistic
 from qat_compat.errors import CalibrationError, CompatError
-from qat_compat.match import Rename
+from qat_compat.names import Rename
 
 __all__ = ["CalibrationLike", "Globs", "Options", "calibration_of", "check_options", "device_of", "globs_of"]
 

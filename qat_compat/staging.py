@@ -12,8 +12,8 @@ from torch import Tensor
 from qat_compat.casting import cast_loss
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Description
-from qat_compat.match import canonical
 from qat_compat.memory import copy_all, empty_like_spec
+from qat_compat.names import canonical
 from qat_compat.plan import Copy, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.state import Slot

@@ -11,7 +11,8 @@ from torch import nn
 from zoo import ARCHS
 
 import qat_compat as qc
-from qat_compat.join import Goal, join, without
+from qat_compat.draft import Goal
+from qat_compat.join import join, without
 from qat_compat.match import match
 from qat_compat.plan import Copy, Drop, Keep, Plan
 from qat_compat.schema import Entry, Role, Schema, Stage

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qat_compat as qc
-from qat_compat.match import WRAPPERS, Evidence, canonical, match, renamed, resolve_alone
+from qat_compat.match import match
+from qat_compat.names import WRAPPERS, canonical, renamed
+from qat_compat.norms import Evidence, resolve_alone
 from qat_compat.schema import Entry, Fused, Role, Schema, Stage
 
 FLOAT_KEYS = ("conv1.weight", "bn1.weight", "layers.0.fc.weight", "layers.1.fc.weight", "my_module.w", "head.weight")

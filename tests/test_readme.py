@@ -131,7 +131,13 @@ def static_quantizers_are_not_saved() -> str:
     qc.load_checkpoint(model, arch.state(), calibration=arch.batches())
     with pytest.raises(qc.CalibrationError):
         qc.load_checkpoint(prepare_for("torchao-static", "transformer")(arch.make()), model.state_dict())
-    return "Their scales are in no state_dict; to resume from one, pass calibration data again."
+    with tempfile.TemporaryDirectory() as folder:
+        saved = qc.save_checkpoint(model, Path(folder) / "static.pt")
+        qc.load_checkpoint(prepare_for("torchao-static", "transformer")(arch.make()), saved)
+    return (
+        "Their scales are in no state_dict. `qc.save_checkpoint` writes them beside it; to resume from a file that\n"
+        "  torch saved, pass calibration data again."
+    )
 
 
 def names_are_evidence_or_convention() -> str:

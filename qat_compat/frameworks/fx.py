@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import KeyView, ModelView
-from qat_compat.frameworks.torch_ao import FakeQuant, TorchAO, is_fake_quant, is_observer
+from qat_compat.frameworks.fake_quant import FakeQuant, is_fake_quant, is_observer
+from qat_compat.frameworks.torch_ao import TorchAO
 from qat_compat.schema import Role, Schema
 from qat_compat.state import join_path, split_path
 

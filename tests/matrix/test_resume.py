@@ -22,10 +22,12 @@ _CELLS = cells(
     "eager-average-per-channel/plain",
     "eager-histogram/plain",
     "eager-embedding/embedding",
-    "fx-x86/residual constants",
+    "fx-x86/plain residual constants tied linear_bn fixed",
     "fx-skip/plain",
-    "pt2e-x86/plain",
-    "torchao-int8-int4/transformer",
+    "pt2e-x86/plain residual functional",
+    "pt2e-sharing/functional",
+    "torchao-int8-int4/transformer tied",
+    "torchao-weight-only/tied",
     "torchao-learned/transformer",
 )
 

@@ -1,0 +1,264 @@
+"""The quantizer modules that torch.ao and torchao's pt2e have in common: a fake-quantizer with an observer inside.
+
+What is known here, and what it rests on (torch 2.13, torchao 0.18): the two packages have one set of classes each, with
+the same names, the same buffers and the same arithmetic, so classes are told by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_compat.errors import Problem, ProblemKind, QParamError
+from qat_compat.frameworks.base import Needs, Quantizer
+from qat_compat.schema import Role
+
+__all__ = ["LEAVES", "OBSERVER", "FakeQuant", "has_base", "is_fake_quant", "is_observer"]
+
+OBSERVER = "activation_post_process"
+
+# leaf of a quantizer's state -> role; the same table for models and for files
+LEAVES: Mapping[str, Role] = {
+    "scale":                            Role.SCALE,
+    "zero_point":                       Role.ZERO_POINT,
+    "fake_quant_enabled":               Role.ENABLED,
+    "observer_enabled":                 Role.ENABLED,
+    "static_enabled":                   Role.ENABLED,
+    "learning_enabled":                 Role.ENABLED,
+    "eps":                              Role.EPS,
+    "min_val":                          Role.MIN,
+    "max_val":                          Role.MAX,
+    "histogram":                        Role.HISTOGRAM,
+    f"{OBSERVER}.eps":                  Role.EPS,
+    f"{OBSERVER}.min_val":              Role.MIN,
+    f"{OBSERVER}.max_val":              Role.MAX,
+    f"{OBSERVER}.histogram":            Role.HISTOGRAM,
+    f"{OBSERVER}.scale":                Role.CONSTANT,
+    f"{OBSERVER}.zero_point":           Role.CONSTANT,
+}  # fmt: skip
+
+# a fused kernel and the Python formula differ in the last bits; another grid differs by a factor near 2
+_SCALE_TOLERANCE = 0.05
+
+_MIN_MAX_OBSERVERS = frozenset(
+    {
+        "MinMaxObserver",
+        "MovingAverageMinMaxObserver",
+        "PerChannelMinMaxObserver",
+        "MovingAveragePerChannelMinMaxObserver",
+    }
+)
+
+
+def has_base(module: object, name: str) -> bool:
+    """Whether a class of this name is among the bases; torch.ao and torchao.pt2e have one set of classes each."""
+    return any(base.__name__ == name for base in type(module).__mro__)
+
+
+def is_fake_quant(module: object) -> bool:
+    return has_base(module, "FakeQuantizeBase")
+
+
+def is_observer(module: object) -> bool:
+    return has_base(module, "ObserverBase")
+
+
+class FakeQuant(Quantizer):
+    """A `FakeQuantizeBase` with its observer, or a bare observer, of torch.ao or torchao's pt2e."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        module: nn.Module,
+        site: str,
+        source: Callable[[], Tensor] | None = None,
+        channels: int | None = None,
+        parameter: str = "",
+        factor: Callable[[], Tensor] | None = None,
+    ) -> None:
+        observer = getattr(module, OBSERVER, module)
+        if has_base(observer, "FixedQParamsObserver"):
+            needs = Needs.DEFINITION
+        elif source is not None:
+            needs = Needs.WEIGHTS
+        elif getattr(module, "is_dynamic", False) or not list(observer.buffers(recurse=False)):
+            needs = Needs.NOTHING
+        else:
+            needs = Needs.DATA
+        super().__init__(names, module, site, needs, source)
+        self.observer: Any = observer
+        self._channels = channels
+        self._parameter = parameter  # key of the parameter that `source` is made from
+        self._factor = factor  # what that parameter is multiplied by on the way, per channel
+
+    @property
+    def per_channel(self) -> bool:
+        return has_base(self.observer, "PerChannelMinMaxObserver")
+
+    def channels(self) -> int | None:
+        return self._channels if self.per_channel else 1
+
+    def _switch(self, name: str, on: bool) -> None:
+        flag = getattr(self.module, name, None)
+        if isinstance(flag, Tensor):
+            flag.fill_(int(on))
+
+    def hold(self) -> None:
+        for name in ("fake_quant_enabled", "observer_enabled", "static_enabled", "learning_enabled"):
+            self._switch(name, False)
+
+    def listen(self) -> None:
+        low, high = getattr(self.observer, "min_val", None), getattr(self.observer, "max_val", None)
+        if isinstance(low, Tensor) and isinstance(high, Tensor):
+            # not `reset_min_max_vals`: it puts new CPU tensors in place of buffers that may be elsewhere
+            shape = (0,) if self.per_channel else ()
+            low.resize_(shape).fill_(float("inf"))
+            high.resize_(shape).fill_(float("-inf"))
+        histogram = getattr(self.observer, "histogram", None)
+        if isinstance(histogram, Tensor):
+            histogram.resize_(self.observer.bins).zero_()
+        self._switch("observer_enabled", True)
+        self._switch("static_enabled", True)
+
+    def observe(self, value: Tensor) -> None:
+        if type(self.observer).__name__ not in _MIN_MAX_OBSERVERS or not value.numel():
+            self.module(value)
+            return
+        # what these observers hold after their first tensor is its range; `amin` and `amax` are several times faster
+        # than the `aminmax(dim=1)` on a float32 copy that they call, and give the same values
+        if self.per_channel:
+            axis = self.observer.ch_axis % value.dim()
+            others = [dim for dim in range(value.dim()) if dim != axis]
+            low, high = (value.amin(others), value.amax(others)) if others else (value, value)
+        else:
+            low, high = torch.aminmax(value)
+        for mine, bound in ((self.observer.min_val, low), (self.observer.max_val, high)):
+            mine.resize_(bound.shape).copy_(bound)
+
+    def settle(self) -> None:
+        if not hasattr(self.module, "scale"):
+            return  # a bare observer: its ranges are its state
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scale, zero_point = self._calculate_qparams()
+        self._write(scale, zero_point)
+
+    def _calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        # a learnable fake-quantizer's own method returns what it has learnt, not what was observed
+        owner: Any = self.observer if hasattr(self.module, "learning_enabled") else self.module
+        scale, zero_point = owner.calculate_qparams()
+        return scale, zero_point
+
+    def _write(self, scale: Tensor, zero_point: Tensor) -> None:
+        module: Any = self.module
+        if module.scale is None:
+            module._initialize_or_update_qparams(scale, zero_point)
+            return
+        for mine, value in ((module.scale, scale), (module.zero_point, zero_point)):
+            if mine.shape != value.shape:
+                mine.data = torch.empty(value.shape, dtype=mine.dtype, device=mine.device)
+            mine.data.copy_(value)
+
+    def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
+        return {self._parameter: self._quantized} if self._parameter and self.source is not None else {}
+
+    def _quantized(self) -> Tensor:
+        assert self.source is not None
+        module: Any = self.module
+        if self._untouched():
+            raise QParamError(
+                "the weight quantizer has seen nothing yet",
+                key=self.name,
+                remedy="load or calibrate the model first, or take the latent weights",
+            )
+        # a copy of the module itself: the fused kernel works out a slightly other scale than `calculate_qparams`
+        quantizer = copy.deepcopy(module)
+        for name, on in (("observer_enabled", 0), ("static_enabled", 0), ("fake_quant_enabled", 1)):
+            flag = getattr(quantizer, name, None)
+            if isinstance(flag, Tensor):
+                flag.fill_(on)
+        with torch.no_grad():
+            value: Tensor = quantizer(self.source())
+            return value if self._factor is None else value / self._factor()
+
+    def ranges(self) -> list[Tensor]:
+        found = [getattr(self.observer, name, None) for name in ("min_val", "max_val")]
+        return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.numel()]
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        observer = self.observer
+        for mine, value in ((observer.min_val, low), (observer.max_val, high)):
+            mine.resize_(value.shape).copy_(value)
+        if hasattr(self.module, "scale"):
+            self._write(*observer._calculate_qparams(observer.min_val, observer.max_val))
+
+    def _untouched(self) -> bool:
+        """Whether the quantizer has yet to see its first tensor, so that its scale is the default of 1."""
+        low = getattr(self.observer, "min_val", None)
+        if not isinstance(low, Tensor):
+            return False
+        return low.numel() == 0 or bool((low == float("inf")).all())
+
+    def check(self) -> Iterable[Problem]:
+        scale, zero_point = getattr(self.module, "scale", None), getattr(self.module, "zero_point", None)
+        if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor):
+            return
+        key, remedy = f"{self.name}.scale", "calibrate this quantizer anew, or take it from a sound file"
+        untouched = self._untouched()
+        if not untouched and any(not bool(torch.isfinite(value).all()) for value in self.ranges()):
+            yield Problem(ProblemKind.INVALID, self.name, "its min_val or max_val is not finite", remedy)
+        bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
+        if bad:
+            yield Problem(
+                ProblemKind.INVALID, key, f"{bad} of {scale.numel()} scales are not finite and positive", remedy
+            )
+        qmin, qmax = getattr(self.observer, "quant_min", None), getattr(self.observer, "quant_max", None)
+        whole = not zero_point.is_floating_point() or hasattr(self.module, "learning_enabled")
+        if whole and qmin is not None and qmax is not None:
+            outside = int(((zero_point < qmin) | (zero_point > qmax) | (zero_point != zero_point)).sum())
+            if outside:
+                yield Problem(
+                    ProblemKind.INVALID,
+                    f"{self.name}.zero_point",
+                    f"{outside} of {zero_point.numel()} are outside [{qmin}, {qmax}]",
+                    remedy,
+                )
+        expected = self.channels()
+        if not untouched and expected is not None and scale.numel() != expected:
+            detail = f"expected {expected} scale(s), found {scale.numel()}"
+            yield Problem(ProblemKind.INVALID, key, detail, remedy)
+
+    def hides_infinity(self) -> bool:
+        return has_base(self.observer, "HistogramObserver")  # it skips inf, and `histc` stops at NaN
+
+    def findings(self) -> Iterable[str]:
+        ranges = self.ranges()
+        if len(ranges) != 2 or self._untouched():
+            return
+        flat = int((ranges[0] == ranges[1]).sum())
+        if flat:
+            yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
+        if self.needs is not Needs.DATA or not hasattr(self.module, "scale") or hasattr(self.observer, "histogram"):
+            return
+        scale, _ = self._calculate_qparams()
+        held: Any = self.module.scale
+        if held.shape == scale.shape and bool(((held / scale - 1).abs() > _SCALE_TOLERANCE).any()):
+            yield (
+                f"{self.name}: scale {float(held.flatten()[0]):.6g} is not what its range gives on this grid"
+                f" ({float(scale.flatten()[0]):.6g}): the source had another quantization grid, or never updated it"
+            )
+
+    def drift(self) -> float | None:
+        ranges = self.ranges()
+        if self.source is None or len(ranges) != 2 or self._untouched():
+            return None
+        seen = float(torch.stack([value.abs().max() for value in ranges]).max())
+        with torch.no_grad():
+            low, high = torch.aminmax(self.source())
+        now = max(-float(low), float(high))
+        return now / seen if seen > 0 and now > 0 else None

@@ -1,0 +1,95 @@
+"""Names as text: wrapper segments, the user's renames, naming conventions. Nothing here looks at a tensor's shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from qat_compat.errors import PlanError, Problem, ProblemKind
+from qat_compat.state import join_path, split_path
+
+__all__ = [
+    "WRAPPERS",
+    "Rename",
+    "canonical",
+    "canonical_path",
+    "common_path",
+    "conventional",
+    "either",
+    "renamed",
+    "skeleton",
+]
+
+Rename = Sequence[tuple[str, str]]
+
+# path segments that a wrapper puts around a module: DDP and DataParallel, torch.compile, FSDP, activation
+# checkpointing, d2go, Lightning modules and Hugging Face heads
+WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_prepared", "model"}
+)
+# words that a naming convention puts in the place of each other: `conv1`/`bn1`, `conv_a`/`norm_a`, `expand`/`expand_bn`
+_CONVENTION = re.compile(
+    r"_?(?:convolution|conv|linear|lin|dense|fc|batch_?norm(?:alization)?|normalization|norm|bn)(?![a-z])_?"
+)
+
+
+def canonical(name: str) -> str:
+    """A name without wrapper segments.
+
+    Example:
+        >>> canonical("module._orig_mod.model.conv.weight"), canonical("my_module.w")
+        ('conv.weight', 'my_module.w')
+    """
+    parts = name.split(".")
+    kept = [part for part in parts[:-1] if part not in WRAPPERS]
+    return ".".join([*kept, parts[-1]])
+
+
+def canonical_path(path: str) -> str:
+    """A module path without wrapper segments.
+
+    Example:
+        >>> canonical_path("module.body.module")
+        'body'
+    """
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def renamed(name: str, rename: Rename) -> str:
+    """Apply ordered (pattern, replacement) pairs to a source key."""
+    for pattern, replacement in rename:
+        try:
+            name = re.sub(pattern, replacement, name)
+        except re.error as error:
+            problem = Problem(ProblemKind.INVALID, pattern, f"rename pattern or replacement is not valid: {error}")
+            raise PlanError([problem]) from error
+    return name
+
+
+def skeleton(path: str) -> str:
+    return ".".join(_CONVENTION.sub("", part) for part in canonical_path(path.lower()).split("."))
+
+
+def conventional(host: str) -> set[str]:
+    """Skeletons of the names that a normalization after `host` has by convention."""
+    forms = {skeleton(host)}
+    parent, leaf = split_path(host)
+    if leaf.isdigit():
+        forms = {skeleton(join_path(parent, str(int(leaf) + 1)))}
+    return forms
+
+
+def common_path(names: Iterable[str]) -> str:
+    """The longest leading path, with its dot, that all names share."""
+    listed = [name.split(".")[:-1] for name in names]
+    if not listed:
+        return ""
+    shortest, longest = min(listed), max(listed)
+    length = 0
+    while length < min(len(shortest), len(longest)) and shortest[length] == longest[length]:
+        length += 1
+    return ".".join(shortest[:length]) + "." if length else ""
+
+
+def either(names: Iterable[str]) -> str:
+    return " or ".join(names)

@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.one:
         print(_one(*options.one))
         return 0
-    models = ["tiny"] if options.tiny else ["llama-4-layers-bf16", "llama-4-layers-fp32", "resnet152-like", "flat-20k"]
+    models = ["tiny"] if options.tiny else ["llama-4-layers-bf16", "llama-4-layers-fp32", "resnet152-like", "flat-5k"]
     rows: list[dict[str, Any]] = []
     if options.only in (None, "load"):
         rows += run_loads(models, options.runs)

@@ -52,7 +52,7 @@ MODELS = {
     "llama-4-layers-bf16": lambda: _llama(4, torch.bfloat16),  # 0.49 GB
     "llama-4-layers-fp32": lambda: _llama(4, torch.float32),  # 0.97 GB
     "resnet152-like": _resnet,  # 0.22 GB in 900 tensors
-    "flat-20k": lambda: _flat(20_000),  # 20,000 modules of one small tensor
+    "flat-5k": lambda: _flat(5_000),  # 5,000 modules of one small tensor
 }
 
 

@@ -20,7 +20,7 @@ from qat_compat.calibration import Calibration, calibrate, fingerprint
 from qat_compat.draft import Goal
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
-from qat_compat.floating import to_float
+from qat_compat.floating import float_names, to_float
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.isolation import paused_collector, preserved_random_state
 from qat_compat.join import join, without
@@ -108,8 +108,7 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
 
 
 def _float_sites(source: Source) -> dict[str, str]:
-    from qat_compat.floating import float_names
-
+    """Key -> float name, where the model tells all of them."""
     names, problems, _ = float_names(source)
     return names if not problems else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,9 +49,16 @@ def _source_groups(
     numbered = {name for name in plain if _is_numbered(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
     same_graph = numbered == {name for name in wanted if _is_numbered(name)}
+    same_flow = draft.source.recorded and draft.source.framework == draft.target.framework
+    sites = Counter(quantizer.site for quantizer in quantizers)
+    by_number = 0
     found: list[tuple[Quantizer, Mapping[str, str] | None]] = []
     for quantizer in quantizers:
         origin: str | None = None
+        at_site = by_site.get(quantizer.site, []) if same_flow else []
+        if len(at_site) == 1 and sites[quantizer.site] == 1:
+            found.append((quantizer, leaves[at_site[0]]))
+            continue
         for name in quantizer.names:
             form = canonical_path(name.removeprefix(match.target_prefix))
             if name in leaves and (same_graph or not _is_numbered(form)):
@@ -59,10 +67,13 @@ def _source_groups(
                 origin = plain[form]
             if origin is not None:
                 break
-        if origin is None and draft.source.recorded and draft.source.framework == draft.target.framework:
-            at_site = by_site.get(quantizer.site, [])
-            origin = at_site[0] if len(at_site) == 1 else None
+        by_number += origin is not None and _is_numbered(canonical_path(quantizer.name))
         found.append((quantizer, leaves[origin] if origin is not None else None))
+    if by_number and draft.target.framework == "pt2e":
+        draft.warnings.append(
+            f"{by_number} quantizers are matched by their number, which exporters of other versions may give otherwise;"
+            " files that save_checkpoint writes say what each one quantizes"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ from flows import CELLS, FLOWS, prepare_for  # noqa: E402
 from zoo import ARCHS  # noqa: E402
 
 import qat_compat as qc  # noqa: E402
+from benchmarks.__main__ import table  # noqa: E402
 from qat_compat.cli import main  # noqa: E402
 from qat_compat.testing import assert_same_state  # noqa: E402
 
@@ -172,7 +174,10 @@ def converted_checkpoints_stay_converted() -> str:
 
 def other_frameworks_are_not_tested() -> str:
     assert {flow.kind for flow in FLOWS.values()} == set(KINDS)
-    return "Only the flows above are tested. QAT state of other frameworks is not carried over."
+    return (
+        "Only models of the flows above are prepared targets. QAT state of other frameworks is told by its keys and\n"
+        "  dropped with that reason; ranges are made anew."
+    )
 
 
 LIMITS = (
@@ -189,7 +194,15 @@ def limits() -> str:
     return "\n".join(f"- {limit()}" for limit in LIMITS)
 
 
+def benchmarks() -> str:
+    """The table of the results that are in the repository."""
+    return table(json.loads((README.parent / "benchmarks" / "results" / "cpu.json").read_text())).strip()
+
+
 # --- both -------------------------------------------------------------------------------------------------------------
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"compatibility": compatibility, "limits": limits, "benchmarks": benchmarks}
 
 
 def section(text: str, name: str) -> tuple[str, str, str]:
@@ -200,7 +213,7 @@ def section(text: str, name: str) -> tuple[str, str, str]:
     return head + begin, inside, end + tail
 
 
-@pytest.mark.parametrize(("name", "made"), [("compatibility", compatibility), ("limits", limits)])
+@pytest.mark.parametrize(("name", "made"), SECTIONS.items())
 def test_sections_are_up_to_date(name: str, made: Callable[[], str]) -> None:
     _, inside, _ = section(README.read_text(encoding="utf-8"), name)
     assert inside == f"\n{made()}\n\n"
@@ -217,7 +230,7 @@ if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
     warnings.simplefilter("ignore")
     readme = README.read_text(encoding="utf-8")
-    for title, make in (("compatibility", compatibility), ("limits", limits)):
+    for title, make in SECTIONS.items():
         head, _, tail = section(readme, title)
         readme = f"{head}\n{make()}\n\n{tail}"
     with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):

@@ -39,7 +39,7 @@ from qat_compat.options import (
 from qat_compat.plan import Keep, Plan, Synthesize
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
-from qat_compat.schema import Schema
+from qat_compat.schema import Role, Schema
 from qat_compat.source import Source, SourceLike, hidden_state, open_any
 from qat_compat.staging import Reading
 from qat_compat.storage import Checkpoint, save
@@ -90,18 +90,21 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
         SaveError: The file cannot be written; what stood at the destination is unchanged.
     """
     source = open_any(obj)
+    about = source.checkpoint
+    values = {key: source.read(key) for key, entry in source.schema.items() if entry.role is Role.EXTRA}
+    extra = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
     if source.description is None:
-        about = source.checkpoint
-        return save(about, path, versions=about.versions or None, record=about.record or None, backup=backup)
+        record: dict[str, Any] = {**about.record, **({"extra_state": extra} if extra else {})}
+        tensors = {key: about[key] for key in about if key not in extra} if extra else about
+        return save(tensors, path, versions=about.versions or None, record=record or None, backup=backup)
     hidden = hidden_state(source.description)
-    tensors = {key: source.checkpoint[key] for key in source.checkpoint if key not in hidden}
-    schema = source.schema
-    record: dict[str, Any] = {
-        "framework": schema.framework,
-        "sites": _float_sites(source) | {k: e.site for k, e in schema.items() if e.quantizer},
+    record = {
+        "framework": source.schema.framework,
+        "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
+        **({"hidden": hidden} if hidden else {}),
+        **({"extra_state": extra} if extra else {}),
     }
-    if hidden:
-        record["hidden"] = dict(hidden)
+    tensors = {key: about[key] for key in about if key not in hidden and key not in extra}
     assert isinstance(obj, nn.Module)
     versions = getattr(obj.state_dict(), "_metadata", None)
     return save(tensors, path, versions=versions, record=record, backup=backup)

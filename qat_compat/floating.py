@@ -84,7 +84,7 @@ def to_float(
         if key is None:
             specs[name] = layout.kept.spec(name) if layout.kept is not None else Spec((), torch.int64)
         else:
-            shape, dtype = opened.checkpoint.spec(key)
+            shape, dtype = opened.spec(key)
             specs[name] = Spec(shape, layout.dtypes.get(name, dtype))
 
     def fetch(name: str) -> Tensor:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
-from qat_compat.schema import Schema, Spec, Stage
+from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
 
-__all__ = ["Source", "SourceLike", "hidden_state", "open_any"]
+__all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
 
 SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
 
@@ -30,11 +31,15 @@ class Source:
 
     def read(self, key: str) -> Tensor:
         """One tensor, also of the state that no state_dict holds and that our own files carry beside it."""
-        hidden = self.checkpoint.record.get("hidden")
-        if key not in self.checkpoint and isinstance(hidden, Mapping):
-            value: Tensor = hidden[key]
-            return value
-        return self.checkpoint[key]
+        if key in self.checkpoint:
+            return self.checkpoint[key]
+        beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
+        value: Tensor = beside[key]
+        return value
+
+    def spec(self, key: str) -> Spec:
+        """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""
+        return self.checkpoint.spec(key) if key in self.checkpoint else self.schema[key].spec
 
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor; None where that is not known."""
@@ -78,8 +83,21 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
     sites = checkpoint.record.get("sites")
     if isinstance(sites, Mapping):
         schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()}, checkpoint.record)
+    extra = {key: Entry(key, Role.EXTRA, (), torch.uint8) for key in extra_state(checkpoint) if key not in schema}
+    if extra:
+        schema = replace(schema, entries={**schema.entries, **extra}, _by_quantizer={})
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema)
+
+
+def extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What modules gave by `get_extra_state` and is no tensor: beside the weights in a file, by key."""
+    found: dict[str, Any] = {}
+    for beside in (checkpoint.metadata, checkpoint.record):
+        values = beside.get("extra_state")
+        if isinstance(values, Mapping):
+            found |= {str(key): value for key, value in values.items() if str(key).split(".")[-1] == "_extra_state"}
+    return found
 
 
 def _holds_subclasses(checkpoint: Checkpoint) -> bool:

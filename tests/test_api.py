@@ -215,3 +215,35 @@ def test_a_plain_model_loads_as_strictly() -> None:
     assert (report.copied, report.synthesized) == (len(ARCH.state()), 0)
     with untouched(model), pytest.raises(qc.PlanError, match="0 of 15"):
         qc.load_checkpoint(model, {"other.weight": torch.ones(1)})
+
+
+class _Counting(nn.Module):
+    """Keeps a number outside its tensors, as `get_extra_state` is for."""
+
+    def __init__(self, count: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.count = count
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("form", ["module", "state_dict", "torch file", "our file", "float file"])
+def test_extra_state_of_a_module_is_carried(form: str, tmp_path: Path) -> None:
+    source: Any = _Counting(7)
+    if form == "state_dict":
+        source = source.state_dict()
+    elif form == "torch file":
+        torch.save(source.state_dict(), tmp_path / "torch.pt")
+        source = tmp_path / "torch.pt"
+    elif form == "our file":
+        source = qc.save_checkpoint(source, tmp_path / "ours.pt")
+    elif form == "float file":
+        source = qc.save_checkpoint(qc.to_float(source), tmp_path / "float.safetensors")
+    model = _Counting()
+    qc.load_checkpoint(model, source)
+    assert model.count == 7

@@ -202,6 +202,8 @@ class Framework(ABC):
 def plain_entry(site: str, spec: Spec) -> Entry:
     """The meaning of a tensor that the float model holds too; by its key, a parameter looks like a buffer."""
     leaf = split_path(site)[1]
+    if leaf == "_extra_state":
+        return Entry(site, Role.EXTRA, *spec)
     role = Role.BUFFER if leaf in ("running_mean", "running_var", "num_batches_tracked") else Role.PARAMETER
     return Entry(site, role, *spec)
 

@@ -169,14 +169,15 @@ def table(results: dict[str, Any]) -> str:
         f"{about['processor']}, {about['cores']} cores, torch {about['torch']}, warm page cache;"
         " medians of fresh processes.",
         "",
-        "| model | how | GB/s | share of the read floor | against the baseline of its container |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| model | how | ms | GB/s | share of the read floor | against the baseline of its container |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
         if row["suite"] == "load" and row["how"] != "floor":
             mark = " (noisy)" if row["noisy"] else ""
             lines.append(
-                f"| {row['model']} | {row['how']}{mark} | {row['gb_per_s']:.2f} | {row['share_of_floor']:.2f} "
+                f"| {row['model']} | {row['how']}{mark} | {row['median_s'] * 1e3:.1f} | {row['gb_per_s']:.3g} "
+                f"| {row['share_of_floor']:.2f} "
                 f"| {row['speedup']:.2f}x |"
             )
     lines += ["", "| ranges of weights, per channel | ms | against the native observer |", "| --- | ---: | ---: |"]

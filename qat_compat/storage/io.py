@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qat_compat.errors import CheckpointError, CompatError, SaveError
+from qat_compat.isolation import paused_collector
 from qat_compat.storage import safetensors, torch_zip
 from qat_compat.storage.atomic import write_atomically
 from qat_compat.storage.candidates import Weights, split_own, weights_of
@@ -75,7 +74,7 @@ def open_source(
         )
     path = Path(os.fsdecode(source))
     try:
-        with _paused_collector():
+        with paused_collector():
             return _checkpoint(open_path(path, verify), str(path), select)
     except CompatError as error:
         error.file = error.file or str(path)
@@ -143,18 +142,6 @@ def save(
             remedy="what stood at the destination before is unchanged; see the cause above",
         ) from error
     return path
-
-
-@contextlib.contextmanager
-def _paused_collector() -> Iterator[None]:
-    """Keep the cyclic garbage collector from walking, over and over, what is just being built: 2/3 of the time else."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:

@@ -40,11 +40,6 @@ class Calibration:
     batches: int
     weights: str
 
-    @property
-    def quantizers(self) -> frozenset[str]:
-        """Names of the quantizers, as `canonical(name + ".")`-style forms."""
-        return frozenset(key.rpartition(".")[0] for key in self.tensors)
-
     def save(self, path: str | PathLike[str]) -> Path:
         """Write to a file that :meth:`load`, and `calibration=path`, read.
 

@@ -10,11 +10,10 @@ import torch
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
 from qat_compat.frameworks import Needs, Quantizer
-from qat_compat.names import canonical, canonical_path
+from qat_compat.names import canonical, canonical_path, is_positional
 from qat_compat.norms import Match
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
 from qat_compat.schema import Entry, Role, Spec
-from qat_compat.state import split_path
 
 __all__ = ["quantizer_entries"]
 
@@ -46,12 +45,12 @@ def _source_groups(
         leaves[name] = {draft.source[key].leaf: key for key in keys}
         by_site.setdefault(draft.source[keys[0]].site, []).append(name)
     plain = {canonical_path(name.removeprefix(match.prefix)): name for name in leaves}
-    numbered = {name for name in plain if _is_numbered(name)}
+    numbered = {name for name in plain if is_positional(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
-    same_graph = numbered == {name for name in wanted if _is_numbered(name)}
+    same_graph = numbered == {name for name in wanted if is_positional(name)}
     same_flow = draft.source.recorded and draft.source.framework == draft.target.framework
     sites = Counter(quantizer.site for quantizer in quantizers)
-    by_number = 0
+    by_number, weights_too = 0, False
     found: list[tuple[Quantizer, Mapping[str, str] | None]] = []
     for quantizer in quantizers:
         origin: str | None = None
@@ -61,26 +60,22 @@ def _source_groups(
             continue
         for name in quantizer.names:
             form = canonical_path(name.removeprefix(match.target_prefix))
-            if name in leaves and (same_graph or not _is_numbered(form)):
+            if name in leaves and (same_graph or not is_positional(form)):
                 origin = name
-            elif form in plain and (same_graph or not _is_numbered(form)):
+            elif form in plain and (same_graph or not is_positional(form)):
                 origin = plain[form]
             if origin is not None:
                 break
-        by_number += origin is not None and _is_numbered(canonical_path(quantizer.name))
+        if origin is not None and is_positional(canonical_path(quantizer.name)):
+            by_number += 1
+            weights_too |= quantizer.needs is Needs.WEIGHTS
         found.append((quantizer, leaves[origin] if origin is not None else None))
-    if by_number and draft.target.framework == "pt2e":
+    if weights_too:  # a number that is off by one gives a weight another's range
         draft.warnings.append(
             f"{by_number} quantizers are matched by their number, which exporters of other versions may give otherwise;"
             " files that save_checkpoint writes say what each one quantizes"
         )
     return found
-
-
-def _is_numbered(form: str) -> bool:
-    """Whether a quantizer is named by its position in a graph, which means nothing in another graph."""
-    leaf = split_path(form)[1]
-    return leaf.startswith("activation_post_process_")
 
 
 def _spec_of(draft: Draft, origin: Mapping[str, str], role: Role) -> Spec | None:

@@ -16,6 +16,7 @@ from qat_compat.evidence import from_float_model
 from qat_compat.frameworks.base import plain_entry
 from qat_compat.join import join
 from qat_compat.match import match
+from qat_compat.names import is_positional
 from qat_compat.norms import Evidence, resolve_alone
 from qat_compat.plan import Copy, Keep
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
@@ -180,7 +181,7 @@ def _layout_of(source: Source, like: Like) -> _Layout:
         alias=source.alias,
         names=(source.checkpoint.name, "like="),
     )
-    if source.description is None and source.schema.framework in ("fx", "pt2e"):
+    if source.description is None and any(map(is_positional, source.schema.by_quantizer())):
         # a graph module saves every tensor that it captured, and like= says which of them the float model saves
         extra = [problem for problem in plan.problems if problem.kind is ProblemKind.UNEXPECTED]
         plan = replace(plan, problems=tuple(problem for problem in plan.problems if problem not in extra))

@@ -16,6 +16,7 @@ __all__ = [
     "common_path",
     "conventional",
     "either",
+    "is_positional",
     "renamed",
     "skeleton",
 ]
@@ -53,6 +54,16 @@ def canonical_path(path: str) -> str:
         'body'
     """
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def is_positional(quantizer: str) -> bool:
+    """Whether a quantizer is named by its position in a graph, which means nothing in another graph.
+
+    Example:
+        >>> is_positional("activation_post_process_7"), is_positional("conv.activation_post_process")
+        (True, False)
+    """
+    return split_path(quantizer)[1].startswith("activation_post_process_")
 
 
 def renamed(name: str, rename: Rename) -> str:

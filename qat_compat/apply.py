@@ -108,7 +108,7 @@ def _chosen(plan: Plan, description: Description) -> tuple[list[Quantizer], list
     for step in plan.steps:
         if isinstance(step, Synthesize):
             how[step.quantizer] = step.how
-        elif isinstance(step, Derive):
+        elif isinstance(step, Derive) and not step.value:
             derived.add(description.schema[step.key].quantizer)
     every = description.quantizers
     return (
@@ -142,7 +142,9 @@ def _written(plan: Plan, description: Description) -> set[str]:
     """First keys of the slots whose value the quantizers computed."""
     slots = description.view.slots
     keys = {
-        s.key for s in plan.steps if isinstance(s, Derive) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
+        s.key
+        for s in plan.steps
+        if (isinstance(s, Derive) and not s.value) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
     }
     return {slots[key].key for key in keys if key in slots}
 

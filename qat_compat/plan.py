@@ -37,11 +37,12 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Derive:
-    """Computed from source tensors."""
+    """Computed from source tensors: by the recipe of the source's key `value`, or, without one, by the quantizer."""
 
     key: str
     sources: tuple[str, ...]
     how: str
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True)

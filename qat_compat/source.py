@@ -30,7 +30,11 @@ class Source:
     description: Description | None = None
 
     def read(self, key: str) -> Tensor:
-        """One tensor, also of the state that no state_dict holds and that our own files carry beside it."""
+        """One tensor: as it is held, or as its recipe gives it, or what no state_dict holds and our own files do."""
+        recipe = self.schema.recipes.get(key)
+        if recipe is not None:
+            with torch.no_grad():
+                return recipe.compute(*(self.checkpoint[name] for name in recipe.sources))
         if key in self.checkpoint:
             return self.checkpoint[key]
         beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
@@ -39,11 +43,13 @@ class Source:
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""
-        return self.checkpoint.spec(key) if key in self.checkpoint else self.schema[key].spec
+        held = key in self.checkpoint and key not in self.schema.recipes
+        return self.checkpoint.spec(key) if held else self.schema[key].spec
 
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor; None where that is not known."""
-        return self.checkpoint.alias(key) if key in self.checkpoint else None
+        held = key in self.checkpoint and key not in self.schema.recipes
+        return self.checkpoint.alias(key) if held else None
 
     @property
     def module_order(self) -> list[str]:
@@ -72,13 +78,16 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
             expected="a path, a state_dict, an opened checkpoint or a module",
             found=type(source).__name__,
         )
-    checkpoint = open_source(source, select=select)
+    return _described(open_source(source, select=select), in_memory=not isinstance(source, (str, PathLike, Checkpoint)))
+
+
+def _described(checkpoint: Checkpoint, *, in_memory: bool = False) -> Source:
     specs = {key: checkpoint.spec(key) for key in checkpoint}
     hidden = checkpoint.record.get("hidden")
     if isinstance(hidden, Mapping):
         specs |= {key: Spec(tuple(value.shape), value.dtype) for key, value in hidden.items() if key not in specs}
     schema = describe_keys(KeyView(specs, checkpoint.versions, checkpoint.record))
-    if isinstance(source, Mapping) and not isinstance(source, Checkpoint) and _holds_subclasses(checkpoint):
+    if in_memory and _holds_subclasses(checkpoint):
         schema = replace(schema, framework="torchao", stage=Stage.CONVERTED)
     sites = checkpoint.record.get("sites")
     if isinstance(sites, Mapping):
@@ -107,6 +116,8 @@ def _holds_subclasses(checkpoint: Checkpoint) -> bool:
 
 def _from_module(model: nn.Module) -> Source:
     description = describe_model(model)
+    if description.schema.stage is Stage.CONVERTED:
+        return _from_converted(description)
     tensors: dict[str, Tensor] = {
         k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent
     }
@@ -125,6 +136,26 @@ def _from_module(model: nn.Module) -> Source:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema, description)
+
+
+def _from_converted(description: Description) -> Source:
+    """A converted model keeps its integers where no parameter is: it is read as its state_dict."""
+    assert description.framework is not None
+    model = description.view.model
+    state = model.state_dict()
+    packed = [key for key, value in state.items() if isinstance(value, torch.ScriptObject)]
+    if packed:
+        raise CompatError(
+            "a layer keeps its weights in an object of torch's own that cannot be read",
+            file=f"<{type(model).__name__}>",
+            key=", ".join(packed[:4]),
+            found="packed recurrent weights",
+            remedy="pass the model that it was converted from",
+        )
+    checkpoint = open_source(state)
+    checkpoint.name = f"<{type(model).__name__}>"
+    checkpoint.record = dict(description.framework.record(description.view))
+    return _described(checkpoint, in_memory=True)
 
 
 def hidden_state(description: Description) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["collapse", "shorten"]
+__all__ = ["collapse", "counted", "shorten"]
 
 _FOLDED = 300  # lines; folding by part takes time with the square of them
 _PART = re.compile(r"(?:[^.{]|\{[^{}]*\})+")  # of a dotted name; what stands in braces is one part
@@ -120,3 +120,13 @@ def shorten(lines: Sequence[str], limit: int) -> list[str]:
     if len(lines) <= limit:
         return list(lines)
     return [*lines[: limit - 1], f"... and {len(lines) - limit + 1} more"]
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, in the plural where it needs one.
+
+    Example:
+        >>> counted(1, "key"), counted(3, "key")
+        ('1 key', '3 keys')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"

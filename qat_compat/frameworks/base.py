@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,20 @@ from qat_compat.errors import Problem
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
-__all__ = ["Framework", "KeyView", "ModelView", "Needs", "Quantizer", "plain_entry", "tensorless_places"]
+__all__ = [
+    "CAPTURED",
+    "Framework",
+    "KeyView",
+    "ModelView",
+    "Needs",
+    "Quantizer",
+    "is_captured",
+    "plain_entry",
+    "tensorless_places",
+]
+
+CAPTURED = "a tensor that the tracer captured: not in the float model's state_dict"
+_NUMBERED = re.compile(r"(?:^|\.)(?:_tensor_constant|_?lifted_tensor_(?:constant)?|_torchbind_obj)\d+$")
 
 
 class Needs(Enum):
@@ -178,6 +192,10 @@ class Framework(ABC):
         """Keys of the prepared model that the float model's state_dict may lack by design, and why."""
         return {}
 
+    def record(self, view: ModelView) -> Mapping[str, Any]:
+        """What only the live model tells of its keys, as plain data that a file of it carries along."""
+        return {}
+
     def before_norm(self, host: nn.Module, value: Tensor) -> Tensor | None:
         """What a fused module hands to its normalization for one input, (N, C, ...); None where that is not known."""
         return None
@@ -197,6 +215,16 @@ class Framework(ABC):
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def is_captured(key: str) -> bool:
+    """Whether a tracer gave this name, to a tensor that it met and that had none.
+
+    Example:
+        >>> is_captured("_tensor_constant0"), is_captured("block.weight")
+        (True, False)
+    """
+    return _NUMBERED.search(key) is not None
 
 
 def plain_entry(site: str, spec: Spec) -> Entry:

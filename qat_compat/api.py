@@ -94,12 +94,14 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
     values = {key: source.read(key) for key, entry in source.schema.items() if entry.role is Role.EXTRA}
     extra = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
     if source.description is None:
-        record: dict[str, Any] = {**about.record, **({"extra_state": extra} if extra else {})}
+        attributes = {"attributes": about.attributes} if about.attributes else {}
+        record: dict[str, Any] = {**about.record, **attributes, **({"extra_state": extra} if extra else {})}
         tensors = {key: about[key] for key in about if key not in extra} if extra else about
         return save(tensors, path, versions=about.versions or None, record=record or None, backup=backup)
     hidden = hidden_state(source.description)
     record = {
         "framework": source.schema.framework,
+        "stage": source.schema.stage.value,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
         **({"hidden": hidden} if hidden else {}),
         **({"extra_state": extra} if extra else {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ def _open_index(path: Path, verify: bool | None) -> Opened:
     weight_map = index["weight_map"]
     shards: dict[str, dict[str, LazyTensor]] = {}
     notes: list[str] = []
+    headers: list[Mapping[str, Any]] = []
     for name in sorted(set(weight_map.values())):
         opened = _open_shard(_shard_path(path, name), verify)
         shards[name] = weights_of(locate(opened.tree, None).node).tensors
+        headers += opened.headers
         notes += [note for note in opened.notes if note not in notes]
     owners: dict[str, str] = {}
     for name, tensors in shards.items():
@@ -73,6 +76,7 @@ def _open_index(path: Path, verify: bool | None) -> Opened:
     return Opened(
         {key: shards[name][key] for key, name in weight_map.items()},
         metadata=about if isinstance(about, dict) else {},
+        headers=tuple(headers),
         notes=tuple(notes),
     )
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from flows import prepare_for
 from torch import nn
+from zoo import ARCHS
 
 import qat_compat as qc
 from qat_compat.storage import save
-from tests.matrix.flows import prepare_for
-from tests.zoo import ARCHS
 
 SUFFIXES = pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 

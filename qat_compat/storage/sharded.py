@@ -10,6 +10,7 @@ from typing import Any
 from qat_compat.errors import CheckpointError, LimitError, UnsafeCheckpointError
 from qat_compat.storage import safetensors, torch_legacy, torch_zip
 from qat_compat.storage.candidates import weights_of
+from qat_compat.storage.config import leads_outside
 from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.locate import locate
@@ -93,15 +94,9 @@ def _shard_path(index: Path, name: str) -> Path:
     """The file of a shard: beside the index, or where the Hugging Face cache's own link leads, into its blobs."""
     if name != Path(name).name or name in ("", ".", ".."):
         raise _escape(index, name, "a path that leaves the folder of the index")
-    folder = index.parent
-    path = folder / name
-    if not path.is_symlink():
-        return path
-    real, root = path.resolve(), folder.resolve()
-    # cache layout: models--x/snapshots/<revision>/model-1.safetensors -> ../../blobs/<hash>
-    is_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
-    if not is_cache and root not in real.parents:
-        raise _escape(index, name, f"a link to {real}")
+    path = index.parent / name
+    if leads_outside(path):
+        raise _escape(index, name, f"a link to {path.resolve()}")
     return path
 
 

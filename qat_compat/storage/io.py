@@ -18,7 +18,7 @@ from qat_compat.storage.candidates import Weights, split_own, weights_of
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.container import Opened
 from qat_compat.storage.containers import open_path
-from qat_compat.storage.locate import Found, locate
+from qat_compat.storage.locate import locate, state_beside
 from qat_compat.storage.plain import plain
 from qat_compat.storage.subclasses import from_headers
 from qat_compat.storage.writing import Contents
@@ -158,7 +158,7 @@ def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
     tensors = weights.tensors
     specs = {key: tensor.spec for key, tensor in tensors.items()}
     described, headers = from_headers(opened.headers, specs)
-    metadata = {**_beside(opened.tree, found), **headers, **opened.metadata, **kept}
+    metadata = {**plain(state_beside(opened.tree, found)), **headers, **opened.metadata, **kept}
     if weights.extra:
         metadata["extra_state"] = weights.extra
     return Checkpoint(
@@ -188,13 +188,3 @@ def _reader(weights: Weights, name: str) -> Any:
             raise
 
     return read
-
-
-def _beside(tree: object, found: Found) -> dict[str, Any]:
-    """Everything in the file but sets of weights, as plain data."""
-    if not found.path or not isinstance(tree, Mapping):
-        return {}
-    weights = [path.split(".")[0] for path in (found.path, *found.others)]
-    kept = {str(key): value for key, value in tree.items() if key not in weights}
-    made: dict[str, Any] = plain(kept)
-    return made

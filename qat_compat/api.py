@@ -43,7 +43,7 @@ from qat_compat.schema import Role, Schema
 from qat_compat.source import Source, SourceLike, hidden_state, open_any
 from qat_compat.staging import Reading
 from qat_compat.storage import Checkpoint, save
-from qat_compat.text import collapse, shorten
+from qat_compat.text import collapse, counted, shorten
 
 __all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
 
@@ -250,7 +250,8 @@ def _raise_problems(plan: Plan) -> None:
     if all(problem.kind is ProblemKind.UNCALIBRATED for problem in plan.problems):
         names = [problem.key for problem in plan.problems]
         raise CalibrationError(
-            f"{len(names)} activation quantizer(s) have no range: the source does not hold one and no data was given",
+            f"no range for {counted(len(names), 'activation quantizer')}: the source does not hold one and no data was"
+            " given",
             file=plan.source,
             key=", ".join(shorten(collapse(names), 12)),
             remedy="pass calibration=batches, or calibration='defer' to leave them to the first training batches",

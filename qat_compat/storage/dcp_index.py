@@ -21,6 +21,7 @@ from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import Opaque
 from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
+from qat_compat.text import counted
 
 __all__ = ["FRESH_COPY", "Item", "Piece", "index_files", "read_items"]
 
@@ -126,7 +127,7 @@ def _check_cover(item: Item, spec: Spec, files: list[Path]) -> None:
             file=files[0].parent,
             key=item.name,
             expected=f"{math.prod(spec.shape)} elements, each once",
-            found=f"{covered} in {len(item.pieces)} pieces",
+            found=f"{covered} in {counted(len(item.pieces), 'piece')}",
             remedy=FRESH_COPY if len(files) == 1 else several,
         )
 

@@ -67,7 +67,7 @@ def test_a_rank_that_is_missing(apart: Path) -> None:
     with pytest.raises(CheckpointError, match="pieces") as caught:
         open_source(apart)
     assert caught.value.key == "state_dict.0.weight"
-    assert (caught.value.expected, caught.value.found) == ("30 elements, each once", "18 in 1 pieces")
+    assert (caught.value.expected, caught.value.found) == ("30 elements, each once", "18 in 1 piece")
 
 
 def test_a_rank_that_is_missing_in_between(apart: Path) -> None:

@@ -43,7 +43,7 @@ from qat_compat.schema import Role, Schema, Stage
 from qat_compat.source import Source, SourceLike, hidden_state, open_any
 from qat_compat.staging import Reading
 from qat_compat.storage import Checkpoint, save
-from qat_compat.text import collapse, shorten
+from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 
 __all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
@@ -95,12 +95,14 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
     values = {key: source.read(key) for key, entry in source.schema.items() if entry.role is Role.EXTRA}
     extra = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
     if source.description is None:
-        record: dict[str, Any] = {**about.record, **({"extra_state": extra} if extra else {})}
+        attributes = {"attributes": about.attributes} if about.attributes else {}
+        record: dict[str, Any] = {**about.record, **attributes, **({"extra_state": extra} if extra else {})}
         tensors = {key: about[key] for key in about if key not in extra} if extra else about
         return save(tensors, path, versions=about.versions or None, record=record or None, backup=backup)
     hidden = hidden_state(source.description)
     record = {
         "framework": source.schema.framework,
+        "stage": source.schema.stage.value,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
         **({"hidden": hidden} if hidden else {}),
         **({"extra_state": extra} if extra else {}),
@@ -249,7 +251,8 @@ def _raise_problems(plan: Plan) -> None:
     if all(problem.kind is ProblemKind.UNCALIBRATED for problem in plan.problems):
         names = [problem.key for problem in plan.problems]
         raise CalibrationError(
-            f"{len(names)} activation quantizer(s) have no range: the source does not hold one and no data was given",
+            f"no range for {counted(len(names), 'activation quantizer')}: the source does not hold one and no data was"
+            " given",
             file=plan.source,
             key=", ".join(shorten(collapse(names), 12)),
             remedy="pass calibration=batches, or calibration='defer' to leave them to the first training batches",

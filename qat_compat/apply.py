@@ -22,6 +22,7 @@ from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.staging import Reading, Staged, stage
 from qat_compat.state import split_path
+from qat_compat.text import counted
 from qat_compat.transaction import Transaction
 
 __all__ = ["Driving", "Outcome", "apply"]
@@ -161,7 +162,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     if problems:
         first = problems[0]
         raise QParamError(
-            f"{len(problems)} quantizer value(s) cannot be used: {first.detail}",
+            f"{counted(len(problems), 'quantizer value')} cannot be used: {first.detail}",
             file=plan.source,
             key=", ".join(p.key for p in problems[:8]),
             expected="finite, positive scales and zero points within the quantizer's range",

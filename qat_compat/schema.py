@@ -60,7 +60,16 @@ class Role(Enum):
 
 
 class Stage(Enum):
-    """How far along the way from float to integer a set of tensors is."""
+    """How far along the way from float to integer a set of tensors is.
+
+    It is read off the keys, unless :func:`qat_compat.save_checkpoint` wrote it down. Two stages leave no trace in the
+    keys, so that only such a file, or the module itself, can tell them:
+
+    * a model whose quantizers are all dynamic (torchao's `QATConfig` by default) has the keys of the float model: its
+      bare state_dict is FLOAT;
+    * where batch normalization was folded into the weights, a layer looks like one that never had any: FOLDED is only
+      ever said of what this package folded.
+    """
 
     FLOAT = "float"
     FOLDED = "folded"

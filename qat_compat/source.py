@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat.errors import CompatError
+from qat_compat.errors import CheckpointError, CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
@@ -78,20 +78,15 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
             expected="a path, a state_dict, an opened checkpoint or a module",
             found=type(source).__name__,
         )
-    return _described(open_source(source, select=select), in_memory=not isinstance(source, (str, PathLike, Checkpoint)))
+    return _described(open_source(source, select=select))
 
 
-def _described(checkpoint: Checkpoint, *, in_memory: bool = False) -> Source:
+def _described(checkpoint: Checkpoint) -> Source:
     specs = {key: checkpoint.spec(key) for key in checkpoint}
     hidden = checkpoint.record.get("hidden")
     if isinstance(hidden, Mapping):
         specs |= {key: Spec(tuple(value.shape), value.dtype) for key, value in hidden.items() if key not in specs}
-    schema = describe_keys(KeyView(specs, checkpoint.versions, checkpoint.record))
-    if in_memory and _holds_subclasses(checkpoint):
-        schema = replace(schema, framework="torchao", stage=Stage.CONVERTED)
-    sites = checkpoint.record.get("sites")
-    if isinstance(sites, Mapping):
-        schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()}, checkpoint.record)
+    schema = _as_recorded(describe_keys(_view(specs, checkpoint)), checkpoint)
     extra = {key: Entry(key, Role.EXTRA, (), torch.uint8) for key in extra_state(checkpoint) if key not in schema}
     if extra:
         schema = replace(schema, entries={**schema.entries, **extra}, _by_quantizer={})
@@ -109,15 +104,49 @@ def extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def _holds_subclasses(checkpoint: Checkpoint) -> bool:
-    """Whether tensors in memory are torchao's subclasses, which say that they are float and hold integers."""
-    return any(hasattr(type(checkpoint[key]), "tensor_data_names") for key in checkpoint)
+def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
+    config = checkpoint.metadata.get("quantization_config")
+    return KeyView(
+        specs,
+        checkpoint.versions,
+        checkpoint.record,
+        checkpoint.attributes,
+        config if isinstance(config, Mapping) else {},
+    )
+
+
+def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:
+    """What was written down when the file was saved, over what its keys tell."""
+    record = checkpoint.record
+    stage = _stage_of(record.get("stage", schema.stage.value), checkpoint.name)
+    # quantizer state is in the keys of no float model: a record that says otherwise is about what the file once was
+    if stage is not Stage.FLOAT or schema.stage is Stage.FLOAT:
+        schema = replace(schema, framework=str(record.get("framework", schema.framework)), stage=stage)
+    sites = record.get("sites")
+    if isinstance(sites, Mapping):
+        schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()})
+    return schema
+
+
+def _stage_of(word: object, file: str) -> Stage:
+    try:
+        return Stage(word)
+    except ValueError as error:
+        raise CheckpointError(
+            "the record in the file has a stage that is not known",
+            file=file,
+            key="stage",
+            expected=", ".join(stage.value for stage in Stage),
+            found=repr(word),
+            remedy="a newer version of this package may have written it: update, or write the file again",
+        ) from error
 
 
 def _from_module(model: nn.Module) -> Source:
     description = describe_model(model)
     if description.schema.stage is Stage.CONVERTED:
         return _from_converted(description)
+    name = f"<{type(model).__name__}>"
     tensors: dict[str, Tensor] = {
         k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent
     }
@@ -127,13 +156,13 @@ def _from_module(model: nn.Module) -> Source:
         for key in description.schema
         if key.endswith("_extra_state") and key not in tensors
     }
-    name = f"<{type(model).__name__}>"
     specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
-    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, alias=alias)
     schema = description.schema
     if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
+    record = {"framework": schema.framework, "stage": schema.stage.value}
+    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, record=record, alias=alias)
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema, description)
 
@@ -155,7 +184,7 @@ def _from_converted(description: Description) -> Source:
     checkpoint = open_source(state)
     checkpoint.name = f"<{type(model).__name__}>"
     checkpoint.record = dict(description.framework.record(description.view))
-    return _described(checkpoint, in_memory=True)
+    return _described(checkpoint)
 
 
 def hidden_state(description: Description) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Names for people: repeated layers collapse into one line."""
+"""Names and numbers for people: repeated layers collapse into one line."""
 
 from __future__ import annotations
 
@@ -110,6 +110,20 @@ def _numbers(values: Sequence[int]) -> str:
     return f"{{{shown}}}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "key"), counted(1200, "key"), counted(0, "batch"), counted(2, "entry")
+        ('1 key', '1,200 keys', '0 batches', '2 entries')
+    """
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{count:,} {noun[:-1]}ies"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
+
+
 def shorten(lines: Sequence[str], limit: int) -> list[str]:
     """At most `limit` lines; the last one says how many more there are.
 
@@ -120,13 +134,3 @@ def shorten(lines: Sequence[str], limit: int) -> list[str]:
     if len(lines) <= limit:
         return list(lines)
     return [*lines[: limit - 1], f"... and {len(lines) - limit + 1} more"]
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, in the plural where it needs one.
-
-    Example:
-        >>> counted(1, "key"), counted(3, "key")
-        ('1 key', '3 keys')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -143,11 +143,22 @@ class ModelView:
 
 @dataclass(frozen=True)
 class KeyView:
-    """What a framework may look at to describe a checkpoint: keys and specs, never tensors."""
+    """What a framework may look at to describe a checkpoint: keys and specs, never tensors.
+
+    Args:
+        specs: Key -> shape and dtype.
+        versions: The `_metadata` of the state_dict, where the file kept it.
+        record: What :func:`qat_compat.save_checkpoint` wrote about the keys.
+        attributes: Name of a tensor subclass (`fc.weight`) -> `class`, `shape`, `dtype`, `tensors` (part -> key) and
+            the attributes of its class, as JSON values; the keys are those of the tensors in it.
+        config: `quantization_config` of the `config.json` beside the file.
+    """
 
     specs: Mapping[str, Spec]
     versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Framework(ABC):

@@ -134,7 +134,7 @@ class ConvertedTorchAO(_Converted):
 
     def owns_keys(self, view: KeyView) -> bool:
         found = (_INNER.match(key) for key in view.specs if "._" in key or key.startswith("_"))
-        return any(one is not None and one["part"] in _DATA for one in found)
+        return bool(view.attributes) or any(one is not None and one["part"] in _DATA for one in found)
 
     def place(self, key: str, spec: Spec) -> Place | None:
         found = _INNER.match(key)

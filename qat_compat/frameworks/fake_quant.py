@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer
 from qat_compat.schema import Role
+from qat_compat.text import counted
 
 __all__ = ["LEAVES", "OBSERVER", "QUANTIZER_KEY", "FakeQuant", "has_base", "is_fake_quant", "is_observer"]
 
@@ -232,7 +233,7 @@ class FakeQuant(Quantizer):
                 )
         expected = self.channels()
         if not untouched and expected is not None and scale.numel() != expected:
-            detail = f"expected {expected} scale(s), found {scale.numel()}"
+            detail = f"expected {counted(expected, 'scale')}, found {scale.numel()}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
 
     def hides_infinity(self) -> bool:

@@ -166,7 +166,7 @@ def test_without_a_layout_the_folded_names_are_kept_and_said(flow: str, tmp_path
     assert qc.open_checkpoint(path).stage == "folded"
     model = prepare_for("eager-x86", "plain")(ARCHS["plain"].make(5))
     report = qc.load_checkpoint(model, path, calibration=ARCHS["plain"].batches())
-    assert report.derived == 8
+    assert report.derived == 10
     assert_same_state(dict(qc.to_float(model)), with_norms)
 
 

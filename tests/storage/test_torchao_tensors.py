@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torchao.quantization as ao
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -139,6 +141,20 @@ def test_shards(tmp_path: Path) -> None:
         save_file({key: flat[key] for key in keys if weight_map[key] == name}, tmp_path / name, metadata=about)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert qc.open_checkpoint(tmp_path).attributes == qc.open_checkpoint(state).attributes
+
+
+@pytest.mark.parametrize("size", [8, 64, 256])
+def test_a_folder_of_torch_distributed(tmp_path: Path, size: int) -> None:
+    """The index says what the tensor stands for; the shard holds what it is, at any size."""
+    model = nn.Sequential(nn.Linear(size, size))
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    found, expected = qc.open_checkpoint(tmp_path), qc.open_checkpoint(model)
+    assert list(found) == list(expected)
+    assert found.attributes == expected.attributes
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_tied_subclasses_are_tied_inside() -> None:

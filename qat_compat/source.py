@@ -15,7 +15,7 @@ from qat_compat.frameworks import Description, KeyView, describe_keys, describe_
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
-from qat_compat.storage.subclasses import undistributed
+from qat_compat.storage.dtensor import undistributed
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
 

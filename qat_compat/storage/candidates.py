@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from qat_compat.errors import CheckpointError, LimitError
+from qat_compat.storage.dtensor import undistributed
 from qat_compat.storage.lazy import HeldTensor, LazyTensor, LazyTensors
 from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import OWN, NumpyArray, Opaque
-from qat_compat.storage.subclasses import inner_tensors, undistributed
+from qat_compat.storage.subclasses import inner_tensors
 
 __all__ = ["Weights", "has_tensors", "is_weights", "split_own", "weights_of"]
 

@@ -170,6 +170,38 @@ def test_a_name_that_is_taken_is_an_error() -> None:
     assert caught.value.key == "fc._weight_qdata"
 
 
+class Nested:
+    """Pickles as a tensor subclass of torchao with an attribute that is made of lists in lists."""
+
+    def __init__(self, attribute: Any) -> None:
+        self.attribute = attribute
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind, shape = ao.Int8Tensor, torch.Size([2, 2])
+        parts = {"qdata": torch.ones(2, 2, dtype=torch.int8), "block_size": self.attribute}
+        wrapper = (kind, torch.float32, shape, (2, 1), 0, torch.strided, "cpu", False)
+        make = torch._utils._rebuild_wrapper_subclass
+        return torch._tensor._rebuild_from_type_v2, (make, kind, wrapper, parts)
+
+
+def test_attributes_without_end_are_refused(tmp_path: Path) -> None:
+    deep: Any = []
+    wide: Any = [1]
+    for _ in range(300):
+        deep = [deep]
+    for _ in range(20):
+        wide = [wide] * 20  # shared parts: written out, 20 to the power of 20
+    for attribute in (deep, wide):
+        torch.save({"fc.weight": Nested(attribute)}, tmp_path / "f.pt")
+        with pytest.raises(qc.LimitError, match="attributes of a tensor subclass"):
+            qc.open_checkpoint(tmp_path / "f.pt")
+    about = {"_type": "Int8Tensor", "_data": {"block_size": deep}, "_tensor_data_names": ["qdata"]}
+    header = {"tensor_names": '["fc.weight"]', "fc.weight": json.dumps(about)}
+    save_file({"fc._weight_qdata": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "f.safetensors", metadata=header)
+    with pytest.raises(qc.LimitError, match="attributes of a tensor subclass"):
+        qc.open_checkpoint(tmp_path / "f.safetensors")
+
+
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and _bytes(one).equal(_bytes(other))
 

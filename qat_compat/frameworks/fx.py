@@ -163,7 +163,7 @@ class FX(TorchAO):
         shape = self._shape(root, first, above)
         channels = shape[axis] if shape is not None and axis >= 0 else None
         parameter, factor = self._parameter(graph, parent, first)
-        site = self._weight_site(root, parent, first, above)
+        site = self._weight_site(root, parent, first, above) + ("+bn" if factor is not None else "")
         return FakeQuant(names, module, site, lambda: evaluate(root, first, above), channels, parameter, factor)
 
     @staticmethod

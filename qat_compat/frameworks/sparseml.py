@@ -112,7 +112,8 @@ def _entry(key: str, entry: Entry, wrapped: set[str], bare: _Names, fused: Mappi
     if found and (found["host"] or "") in wrapped:
         return replace(entry, site=site_of("input", bare(found["host"] or "")))
     kind, _, where = entry.site.partition(":")
-    return replace(entry, site=site_of(kind, bare(where)))
+    host, plus, after = where.partition("+")
+    return replace(entry, site=f"{site_of(kind, bare(host))}{plus}{after}")
 
 
 class _Names:

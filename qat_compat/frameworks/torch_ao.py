@@ -54,6 +54,12 @@ _OLD_BN_LEAVES = {
 }  # fmt: skip
 
 
+# what tells from keys that a normalization is fused into a module; that of torch 1.x had its tensors as its own
+_NORM_TENSORS = ("bn.running_mean", "gamma")
+# a fused module quantizes its weight times what the normalization will multiply it by: another tensor than its weight
+_BEFORE_NORM = "+bn"
+
+
 def quantized_weight(module: nn.Module) -> Tensor:
     """The tensor that a QAT module hands to its weight quantizer.
 
@@ -138,7 +144,8 @@ class TorchAO(Framework):
             channels = weight.shape[axis] if axis >= 0 else None
             factor = (lambda: norm_factor(host)) if _is_fused_qat(host) else None
             key = join_path(parent, "weight")
-            return FakeQuant(names, module, f"weight:{parent}", lambda: quantized_weight(host), channels, key, factor)
+            site = f"weight:{parent}{_BEFORE_NORM if factor else ''}"
+            return FakeQuant(names, module, site, lambda: quantized_weight(host), channels, key, factor)
         return FakeQuant(names, module, f"output:{parent}{fused_after(host)}")
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
@@ -213,6 +220,8 @@ class TorchAO(Framework):
             kind = "weight" if name == "weight_fake_quant" else "output"
             if kind == "weight":
                 hosts.add(parent)
+            if kind == "weight" and any(join_path(parent, name) in view.specs for name in _NORM_TENSORS):
+                parent += _BEFORE_NORM
             site = f"{kind}:{parent}" if parent or name == OBSERVER else f"graph:{name}"
             entries[key] = Entry(site, LEAVES.get(leaf, Role.CONSTANT), *spec, quantizer, leaf)
         norms: dict[str, dict[str, Spec]] = {}

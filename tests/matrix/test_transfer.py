@@ -187,3 +187,17 @@ def test_another_number_of_bits_is_not_carried() -> None:
     qc.load_checkpoint(twin, _net(1).state_dict())
     assert torch.equal(target[0].weight_fake_quantizer.scale, twin[0].weight_fake_quantizer.scale)
     assert "the source has the grid -128..127 symmetric, not -8..7 symmetric" in str(report)
+
+
+def test_the_range_of_a_weight_is_not_that_of_a_weight_times_its_norm() -> None:
+    """A fused module quantizes `weight * gamma / std`: under one name, two flows may quantize two tensors."""
+    model = ARCHS["plain"].make(1).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    unfused = torch.ao.quantization.prepare_qat(model)
+    native_calibration(unfused, ARCHS["plain"].batches())
+    target, _ = load(unfused, "fx-x86", "plain")
+    twin, _ = load(qc.to_float(unfused), "fx-x86", "plain")
+    for site, quantizer in quantizers(twin).items():
+        if site.startswith("weight:conv"):
+            assert same(ranges(quantizer), ranges(quantizers(target)[site])), site
+            assert not torch.equal(quantizer.ranges()[0], quantizers(unfused)[site.removesuffix("+bn")].ranges()[0])

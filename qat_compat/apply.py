@@ -188,7 +188,8 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
 def _stale(plan: Plan, description: Description) -> list[str]:
     """Copied ranges of weight quantizers that do not belong to the weights they now stand beside."""
     schema = description.schema
-    copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role is Role.MIN}
+    ranges = (Role.MIN, Role.AMAX)
+    copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role in ranges}
     findings: list[str] = []
     problems: list[Problem] = []
     for quantizer in description.quantizers:

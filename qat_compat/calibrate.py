@@ -214,6 +214,8 @@ def drive(
             quantizer.settle()
         if quantizer.name in histograms:
             quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
+    for quantizer in description.quantizers:
+        quantizer.release()
     return count
 
 
@@ -286,3 +288,4 @@ def observe_weights(quantizers: Iterable[Quantizer]) -> None:
             quantizer.listen()
             quantizer.observe(quantizer.source())
             quantizer.settle()
+            quantizer.release()

@@ -15,7 +15,7 @@ from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
 from qat_compat.frameworks.converted import Converted, ConvertedPT2E, ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
-from qat_compat.frameworks.modelopt import ModelOpt
+from qat_compat.frameworks.modelopt import CompressedModelOpt, ModelOpt
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
 from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
@@ -49,6 +49,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
     TorchAO(),
     TorchAOQAT(),
     PytorchQuantization(),
+    CompressedModelOpt(),
     ModelOpt(),
     Brevitas(),
     AIMET(),

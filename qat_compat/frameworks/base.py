@@ -100,6 +100,13 @@ class Quantizer(ABC):
         """How many times larger the tensor that a weight quantizer sees is than the range it holds; None if unknown."""
         return None
 
+    def release(self) -> None:  # noqa: B027  (most frameworks keep their switches in tensors)
+        """Have the switches again that :meth:`hold` or :meth:`listen` found, where they are no tensors of the model."""
+
+    def refusal(self) -> str:
+        """Why the engine cannot find this quantizer's range as its framework would, or ""."""
+        return ""
+
     def restore(self, leaf: str, value: Tensor) -> None:
         """Take a value that the model's state_dict does not hold."""
         raise NotImplementedError(f"{type(self.module).__name__} has no hidden state {leaf}")

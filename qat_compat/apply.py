@@ -69,6 +69,7 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
                 transaction.install(key, value if slot.is_parameter else value.clone())
             copy_all((transaction.slots[key].tensor.data, value) for key, value in staged.in_place.items())
             _set_extra(description, staged)
+            _adopt(plan, description)
             batches = _synthesize(plan, description, driving)
             _set_hidden(description, staged)
             written = _written(plan, description)
@@ -92,6 +93,18 @@ def _set_extra(description: Description, staged: Staged) -> None:
                 found=type(value).__name__,
                 remedy=f"drop={key!r} ignores it",
             ) from error
+
+
+def _adopt(plan: Plan, description: Description) -> None:
+    """Tell the quantizers which of their tensors hold what a checkpoint held."""
+    leaves: dict[str, list[str]] = {}
+    for step in plan.steps:
+        if isinstance(step, Copy) or (isinstance(step, Synthesize) and step.how is How.RECORD):
+            entry = description.schema[step.key]
+            leaves.setdefault(entry.quantizer, []).append(entry.leaf)
+    for quantizer in description.quantizers:
+        if quantizer.name in leaves:
+            quantizer.adopt(leaves[quantizer.name])
 
 
 def _set_hidden(description: Description, staged: Staged) -> None:

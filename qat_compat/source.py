@@ -111,20 +111,38 @@ def _from_module(model: nn.Module) -> Source:
         k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent
     }
     tensors.update(hidden_state(description))
+    schema = _as_saved(description, tensors)
     extras: dict[str, Any] = {
         key: description.view.modules[split_path(key)[0]].get_extra_state()
         for key in description.schema
         if key.endswith("_extra_state") and key not in tensors
     }
     name = f"<{type(model).__name__}>"
-    specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
+    specs = {key: entry.spec for key, entry in schema.items() if key in tensors or key in extras}
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
     checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, alias=alias)
-    schema = description.schema
     if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema, description)
+
+
+def _as_saved(description: Description, tensors: dict[str, Tensor]) -> Schema:
+    """The schema of what a saved model would hold; `tensors` then has the values that it would hold."""
+    by_name = {quantizer.name: quantizer for quantizer in description.quantizers}
+    unsaid: set[str] = set()
+    for key, entry in description.schema.items():
+        if not entry.quantizer or key not in tensors:
+            continue
+        value = by_name[entry.quantizer].state(entry.leaf, tensors[key])
+        if value is None:
+            unsaid.add(key)
+        else:
+            tensors[key] = value
+    if not unsaid:
+        return description.schema
+    entries = {key: entry for key, entry in description.schema.items() if key not in unsaid}
+    return replace(description.schema, entries=entries, _by_quantizer={})
 
 
 def hidden_state(description: Description) -> dict[str, Tensor]:

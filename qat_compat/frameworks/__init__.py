@@ -151,7 +151,9 @@ def _entries(
             spec = Spec(tuple(slot.tensor.shape), slot.tensor.dtype)
             if owner is not None and framework is not None:
                 quantizer, root = owner
-                entries[key] = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)
+                entry = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)
+                if entry is not None:
+                    entries[key] = entry
             else:
                 role = Role.PARAMETER if slot.is_parameter else Role.BUFFER
                 entries[key] = Entry(join_path(site_path, name), role, *spec, optional=optional.get(key, ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -103,6 +103,13 @@ class Quantizer(ABC):
     def release(self) -> None:  # noqa: B027  (most frameworks keep their switches in tensors)
         """Have the switches again that :meth:`hold` or :meth:`listen` found, where they are no tensors of the model."""
 
+    def state(self, leaf: str, value: Tensor) -> Tensor | None:
+        """One tensor of its state as its own `state_dict` would give it; None where that says nothing yet."""
+        return value
+
+    def adopt(self, leaves: Collection[str]) -> None:  # noqa: B027  (most frameworks need nothing)
+        """Know that these tensors of its state now hold what a checkpoint held, and are not to be made anew."""
+
     def refusal(self) -> str:
         """Why the engine cannot find this quantizer's range as its framework would, or ""."""
         return ""
@@ -165,8 +172,8 @@ class Framework(ABC):
     def quantizers(self, view: ModelView) -> list[Quantizer]:
         """Every quantizer of the model, each once, in the model's order."""
 
-    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
-        """The meaning of one tensor of a quantizer's state."""
+    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry | None:
+        """The meaning of one tensor of a quantizer; None for one that is a means and no state."""
         raise NotImplementedError
 
     def hidden_entries(self, quantizer: Quantizer) -> Iterable[tuple[str, Entry]]:

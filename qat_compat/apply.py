@@ -157,7 +157,11 @@ def _written(plan: Plan, description: Description) -> set[str]:
     keys = {
         s.key for s in plan.steps if isinstance(s, Derive) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
     }
-    return {slots[key].key for key in keys if key in slots}
+    written = {slots[key].key for key in keys if key in slots}
+    schema = description.schema
+    touched = {schema[s.key].quantizer for s in plan.steps if s.key in schema}
+    # what a quantizer works out from its state and does not save, its levels say, goes with that state
+    return written | {slot.key for slot in slots.values() if not slot.persistent and split_path(slot.key)[0] in touched}
 
 
 def _verify(plan: Plan, description: Description) -> tuple[str, ...]:

@@ -243,7 +243,7 @@ def _leftovers(draft: Draft, found: Match, alias: Callable[[str], Hashable | Non
         if entry.role is Role.SMOOTHING:
             detail = "the source's weights are made for it, and the target has no place for it"
             remedy = "pass the checkpoint from before smoothing; dropping this would leave a wrong model"
-            draft.problem(ProblemKind.UNEXPECTED, key, detail, remedy)
+            draft.problem(ProblemKind.MISMATCHED, key, detail, remedy)
             continue
         if entry.quantizer:
             reason = "state of a quantizer that the target does not have"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_compat.errors import CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
-from qat_compat.state import memory_of, split_path
+from qat_compat.state import join_path, memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
@@ -130,18 +130,15 @@ def _from_module(model: nn.Module) -> Source:
 def _as_saved(description: Description, tensors: dict[str, Tensor]) -> Schema:
     """The schema of what a saved model would hold; `tensors` then has the values that it would hold."""
     by_name = {quantizer.name: quantizer for quantizer in description.quantizers}
-    unsaid: set[str] = set()
+    entries: dict[str, Entry] = {}
     for key, entry in description.schema.items():
         if not entry.quantizer or key not in tensors:
+            entries[key] = entry
             continue
-        value = by_name[entry.quantizer].state(entry.leaf, tensors[key])
-        if value is None:
-            unsaid.add(key)
-        else:
-            tensors[key] = value
-    if not unsaid:
-        return description.schema
-    entries = {key: entry for key, entry in description.schema.items() if key not in unsaid}
+        value = by_name[entry.quantizer].state(entry.leaf, tensors.pop(key))
+        if value is not None:
+            saved = join_path(split_path(key)[0], split_path(entry.leaf)[1])
+            entries[saved], tensors[saved] = entry, value
     return replace(description.schema, entries=entries, _by_quantizer={})
 
 

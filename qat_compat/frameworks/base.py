@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat_compat.conventions import Encoding
 from qat_compat.errors import Problem
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
@@ -125,6 +126,10 @@ class Quantizer(ABC):
     def channels(self) -> int | None:
         """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
         return 1
+
+    def encoding(self) -> Encoding | None:
+        """What it holds, and how that is to be read; None where it holds no range, or none of this kind."""
+        return None
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take a range chosen by another statistic than the quantizer's own."""

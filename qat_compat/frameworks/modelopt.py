@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qat_compat.conventions import Encoding, Grid
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
@@ -260,6 +261,16 @@ class AmaxQuantizer(Quantizer):
         if expected is not None and tuple(amax.shape) != expected:
             detail = f"expected the shape {list(expected)}, found {list(amax.shape)}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
+
+    def encoding(self) -> Encoding | None:
+        amax = self.module._buffers.get("_amax")
+        bits, blocks = self.settings.bits, self.settings.block_sizes or {}
+        if amax is None or blocks.get("type") == "dynamic":
+            return None
+        if isinstance(bits, int):
+            grid = Grid(bits, not self.settings.unsigned, self.settings.narrow_range)
+            return Encoding("modelopt.int", {"_amax": amax}, grid)
+        return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8)) if bits == (4, 3) else None
 
     def drift(self) -> float | None:
         amax = self.module._buffers.get("_amax")

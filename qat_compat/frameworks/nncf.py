@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_compat.conventions import Encoding, Grid
 from qat_compat.errors import CompatError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import KeyView, ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
@@ -172,6 +173,14 @@ class HookQuantizer(Quantizer):
 
     def channels(self) -> int | None:
         return torch.Size(self._shape).numel()
+
+    def encoding(self) -> Encoding | None:
+        owner: Any = self.module
+        names = ("scale",) if self._symmetric else ("input_low", "input_range")
+        tensors = {name: getattr(owner, name).detach() for name in names}
+        signed = owner.level_low < 0
+        grid = Grid(owner.num_bits, signed, signed and -owner.level_low == owner.level_high)
+        return Encoding("nncf.symmetric" if self._symmetric else "nncf.asymmetric", tensors, grid)
 
     def drift(self) -> float | None:
         scale = self.module._parameters.get("_scale_param_storage")

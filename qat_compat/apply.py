@@ -159,7 +159,8 @@ def _written(plan: Plan, description: Description) -> set[str]:
     }
     written = {slots[key].key for key in keys if key in slots}
     schema = description.schema
-    touched = {schema[s.key].quantizer for s in plan.steps if s.key in schema}
+    filled = (Copy, Derive, Synthesize)
+    touched = {schema[s.key].quantizer for s in plan.steps if isinstance(s, filled) and s.key in schema} - {""}
     # what a quantizer works out from its state and does not save, its levels say, goes with that state
     return written | {slot.key for slot in slots.values() if not slot.persistent and split_path(slot.key)[0] in touched}
 

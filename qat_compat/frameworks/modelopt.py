@@ -244,7 +244,7 @@ class AmaxQuantizer(Quantizer):
             return f"its calibrator is a {type(module._calibrator).__name__}, not a MaxCalibrator"
         if module._bias is not None:
             return "it has an affine bias, which the engine does not calibrate"
-        if getattr(module, "_global_amax", None) is not None:
+        if module.is_nvfp4_static or getattr(module, "_global_amax", None) is not None:
             return "its blocks share a second range, which the engine does not calibrate"
         return ""
 

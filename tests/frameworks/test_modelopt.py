@@ -72,12 +72,28 @@ def test_twin_of_two_quantizers_in_a_row() -> None:
     assert {"fc1.weight_quantizer.0._amax", "fc1.weight_quantizer.1._amax"} <= set(twin.loaded.state_dict())
 
 
-def test_twin_of_a_model_that_was_never_calibrated() -> None:
+@pytest.mark.parametrize("config", ["INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"])
+def test_twin_of_a_model_that_was_never_calibrated(config: str, tmp_path: Path) -> None:
     """`_amax` does not exist there before calibration, and afterwards it is a buffer like that of the twin."""
-    target = prepare(scramble(make_float()), (), algorithm=None)
+    target = prepare(scramble(make_float()), (), config, algorithm=None)
     assert not any("_amax" in key for key in target.state_dict())
     qc.load_checkpoint(target, float_state(), calibration=batches())
-    assert_same_state(target, native(prepare, float_state(), batches()))
+    twin = native(partial(prepare, config=config), float_state(), batches())
+    assert_same_state(target, twin)
+    assert_same_output(target, twin, batches())
+    mto.save(target, tmp_path / "mto.pt")  # ModelOpt's own record of the model knows the new buffers
+    assert_same_state(mto.restore(make_float(), tmp_path / "mto.pt"), twin)
+
+
+def test_blocks_with_a_second_range_are_refused() -> None:
+    """Static NVFP4: ModelOpt itself works out the range that blocks, and layers, share."""
+    blocks = {-1: 16, "type": "static", "scale_bits": (4, 3)}
+    config = {"quant_cfg": {"*weight_quantizer": {"num_bits": (2, 1), "block_sizes": blocks}}, "algorithm": None}
+    state = nn.Sequential(nn.Linear(32, 16)).state_dict()
+    for algorithm in (None, "max"):
+        model = mtq.quantize(nn.Sequential(nn.Linear(32, 16)), {**config, "algorithm": algorithm})
+        with untouched(model), pytest.raises(qc.PlanError, match="share a second range"):
+            qc.load_checkpoint(model, state)
 
 
 @pytest.mark.parametrize("config", FORWARD + STATE_ONLY + SMOOTHED)

@@ -70,6 +70,7 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
                 transaction.install(key, value if slot.is_parameter else value.clone())
             copy_all((transaction.slots[key].tensor.data, value) for key, value in staged.in_place.items())
             _set_extra(description, staged)
+            _adopt(plan, description)
             batches = _synthesize(plan, description, driving)
             _set_hidden(description, staged)
             written = _written(plan, description)
@@ -93,6 +94,18 @@ def _set_extra(description: Description, staged: Staged) -> None:
                 found=type(value).__name__,
                 remedy=f"drop={key!r} ignores it",
             ) from error
+
+
+def _adopt(plan: Plan, description: Description) -> None:
+    """Tell the quantizers which of their tensors hold what a checkpoint held."""
+    leaves: dict[str, list[str]] = {}
+    for step in plan.steps:
+        if isinstance(step, Copy) or (isinstance(step, Synthesize) and step.how is How.RECORD):
+            entry = description.schema[step.key]
+            leaves.setdefault(entry.quantizer, []).append(entry.leaf)
+    for quantizer in description.quantizers:
+        if quantizer.name in leaves:
+            quantizer.adopt(leaves[quantizer.name])
 
 
 def _set_hidden(description: Description, staged: Staged) -> None:
@@ -162,7 +175,12 @@ def _written(plan: Plan, description: Description) -> set[str]:
         for s in plan.steps
         if (isinstance(s, Derive) and not s.value) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
     }
-    return {slots[key].key for key in keys if key in slots}
+    written = {slots[key].key for key in keys if key in slots}
+    schema = description.schema
+    filled = (Copy, Derive, Synthesize)
+    touched = {schema[s.key].quantizer for s in plan.steps if isinstance(s, filled) and s.key in schema} - {""}
+    # what a quantizer works out from its state and does not save, its levels say, goes with that state
+    return written | {slot.key for slot in slots.values() if not slot.persistent and split_path(slot.key)[0] in touched}
 
 
 def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
@@ -206,7 +224,8 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
 def _stale(plan: Plan, description: Description) -> list[str]:
     """Copied ranges of weight quantizers that do not belong to the weights they now stand beside."""
     schema = description.schema
-    copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role is Role.MIN}
+    ranges = (Role.MIN, Role.AMAX)
+    copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role in ranges}
     findings: list[str] = []
     problems: list[Problem] = []
     for quantizer in description.quantizers:

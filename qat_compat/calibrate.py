@@ -160,7 +160,6 @@ def drive(
     Raises:
         CalibrationError: No batch, a forward that raises, NaN or inf in an activation, a quantizer that never ran.
     """
-    model = description.view.model
     rigid = [q.name for q in chosen if statistic != "native" and q.needs is Needs.DATA and not q.takes_range()]
     if rigid:
         raise CalibrationError(
@@ -171,10 +170,42 @@ def drive(
         )
     seen: set[str] = set()
     histograms = {q.name: RangeHistogram() for q in chosen if statistic != "native" and q.needs is Needs.DATA}
-    for quantizer in description.quantizers:
-        quantizer.hold()
-    for quantizer in chosen:
-        quantizer.listen()
+    with _held(description.quantizers):
+        for quantizer in chosen:
+            quantizer.listen()
+        count = _run(description, chosen, data, seen, histograms, inputs, advance)
+        observe_weights([q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen])
+        for quantizer in chosen:
+            if quantizer.name in seen:
+                quantizer.settle()
+            if quantizer.name in histograms:
+                quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
+    return count
+
+
+@contextmanager
+def _held(quantizers: Sequence[Quantizer]) -> Iterator[None]:
+    """Quantizers that neither observe nor quantize until they are told to, and have their switches again afterwards."""
+    try:
+        for quantizer in quantizers:
+            quantizer.hold()
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.release()
+
+
+def _run(
+    description: Description,
+    chosen: Sequence[Quantizer],
+    data: Data,
+    seen: set[str],
+    histograms: Mapping[str, RangeHistogram],
+    inputs: Inputs | None,
+    advance: Callable[[], None],
+) -> int:
+    """Show the data to the quantizers that listen; the number of batches."""
+    model = description.view.model
     assert description.framework is not None
     count = 0
     number: list[int | None] = [None]  # of the batch that is running
@@ -208,12 +239,6 @@ def drive(
             remedy="pass a non-empty iterable; a generator can be consumed only once",
         )
     _require_seen(chosen, seen)
-    observe_weights([q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen])
-    for quantizer in chosen:
-        if quantizer.name in seen:
-            quantizer.settle()
-        if quantizer.name in histograms:
-            quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
     return count
 
 
@@ -282,7 +307,7 @@ def observe_weights(quantizers: Iterable[Quantizer]) -> None:
         warnings.simplefilter("ignore", UserWarning)
         for quantizer in quantizers:
             assert quantizer.source is not None
-            quantizer.hold()
-            quantizer.listen()
-            quantizer.observe(quantizer.source())
-            quantizer.settle()
+            with _held([quantizer]):
+                quantizer.listen()
+                quantizer.observe(quantizer.source())
+                quantizer.settle()

@@ -111,7 +111,7 @@ def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: _Origin) ->
     """Whether the source's state has another number of scales than this quantizer must have."""
     expected = quantizer.channels()
     scale = _spec_of(draft, origin, Role.SCALE)
-    low = _spec_of(draft, origin, Role.MIN)
+    low = _spec_of(draft, origin, Role.MIN) or _spec_of(draft, origin, Role.AMAX)
     if low is not None and low.shape == (0,):
         return expected == 1 and not _is_old_default(scale)
     shape = low.shape if low is not None else scale.shape if scale is not None else ()
@@ -242,6 +242,14 @@ def _drop(draft: Draft, origin: _Origin, reason: str) -> None:
 def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason: str) -> None:
     """State that the source cannot give: from the weights, from data, or fixed by definition."""
     target, goal = draft.target, draft.goal
+    for key in keys:
+        if target[key].role is Role.SMOOTHING:
+            draft.problem(
+                ProblemKind.MISMATCHED,
+                key,
+                "the target's weights are made for it, and the source's are not",
+                "prepare the target without smoothing, or load the float model and smooth that",
+            )
     observed = [key for key in keys if target[key].role.is_observed]
     how: How | None = None
     why = ""
@@ -260,6 +268,10 @@ def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason:
     else:
         detail = f"no calibration data for {quantizer.site}" + (f" ({reason})" if reason else "")
         draft.problem(ProblemKind.UNCALIBRATED, quantizer.name, detail)
+        return
+    if how in (How.WEIGHTS, How.CALIBRATION) and observed and (refusal := quantizer.refusal()):
+        remedy = f"load the float model, prepare that with {target.framework}, or take a file of this quantizer's state"
+        draft.problem(ProblemKind.MISMATCHED, quantizer.name, refusal, remedy)
         return
     for key in keys:
         role = target[key].role

@@ -179,6 +179,10 @@ def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str
     sites: dict[str, str] = {}
     taken: dict[str, str] = {}
     problems = list(found.problems)
+    for key, entry in schema.items():
+        if entry.role is Role.SMOOTHING:
+            detail = "the weight is stored as a product with this, which no rounding undoes to the bit"
+            problems.append(Problem(ProblemKind.MISMATCHED, key, detail, "pass the checkpoint from before smoothing"))
     for key in schema.float_keys():
         entry = schema[key]
         if entry.optional:

@@ -253,6 +253,11 @@ def _leftovers(draft: Draft, found: Match, alias: Callable[[str], Hashable | Non
         parent, leaf = split_path(entry.site)
         twin = used_memory.get(alias(key)) if alias(key) is not None else None
         reason = ""
+        if entry.role is Role.SMOOTHING:
+            detail = "the source's weights are made for it, and the target has no place for it"
+            remedy = "pass the checkpoint from before smoothing; dropping this would leave a wrong model"
+            draft.problem(ProblemKind.MISMATCHED, key, detail, remedy)
+            continue
         if entry.quantizer:
             reason = "state of a quantizer that the target does not have"
         elif entry.site in hidden or canonical(entry.site) in hidden:

@@ -44,6 +44,7 @@ class Role(Enum):
     MAX = "max_val"
     HISTOGRAM = "histogram"
     AMAX = "amax"
+    SMOOTHING = "smoothing"  # a factor of the layer's input that the stored weight has been divided by
     EPS = "eps"
     ENABLED = "enabled"  # switches of a quantizer: observer, fake-quant, learning
     PACKED = "packed"  # a tensor that holds several others, or values of fewer bits than its dtype

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_compat.errors import CheckpointError, CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
-from qat_compat.state import memory_of, split_path
+from qat_compat.state import join_path, memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
 from qat_compat.storage.dtensor import undistributed
 
@@ -159,6 +159,7 @@ def _from_module(model: nn.Module) -> Source:
         k: undistributed(k, slot.tensor.detach()) for k, slot in description.view.slots.items() if slot.persistent
     }
     tensors.update(hidden_state(description))
+    schema = _as_saved(description, tensors)
     extras: dict[str, Any] = {
         key: description.view.modules[split_path(key)[0]].get_extra_state()
         for key in description.schema
@@ -166,7 +167,6 @@ def _from_module(model: nn.Module) -> Source:
     }
     specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
-    schema = description.schema
     if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
     record = {"framework": schema.framework, "stage": schema.stage.value}
@@ -193,6 +193,21 @@ def _from_converted(description: Description) -> Source:
     checkpoint.name = f"<{type(model).__name__}>"
     checkpoint.record = dict(description.framework.record(description.view))
     return _described(checkpoint)
+
+
+def _as_saved(description: Description, tensors: dict[str, Tensor]) -> Schema:
+    """The schema of what a saved model would hold; `tensors` then has the values that it would hold."""
+    by_name = {quantizer.name: quantizer for quantizer in description.quantizers}
+    entries: dict[str, Entry] = {}
+    for key, entry in description.schema.items():
+        if not entry.quantizer or key not in tensors:
+            entries[key] = entry
+            continue
+        value = by_name[entry.quantizer].state(entry.leaf, tensors.pop(key))
+        if value is not None:
+            saved = join_path(split_path(key)[0], split_path(entry.leaf)[1])
+            entries[saved], tensors[saved] = entry, value
+    return replace(description.schema, entries=entries, _by_quantizer={})
 
 
 def hidden_state(description: Description) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from qat_compat.frameworks.compressed_tensors import CompressedTensors
 from qat_compat.frameworks.converted import Converted, ConvertedTorchAO
 from qat_compat.frameworks.converted_pt2e import ConvertedPT2E
 from qat_compat.frameworks.fx import FX
-from qat_compat.frameworks.modelopt import ModelOpt
+from qat_compat.frameworks.modelopt import CompressedModelOpt, ModelOpt
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
 from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
@@ -50,6 +50,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
     TorchAO(),
     TorchAOQAT(),
     PytorchQuantization(),
+    CompressedModelOpt(),
     ModelOpt(),
     Brevitas(),
     AIMET(),
@@ -152,7 +153,9 @@ def _entries(
             spec = Spec(tuple(slot.tensor.shape), slot.tensor.dtype)
             if owner is not None and framework is not None:
                 quantizer, root = owner
-                entries[key] = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)
+                entry = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)
+                if entry is not None:
+                    entries[key] = entry
             else:
                 role = Role.PARAMETER if slot.is_parameter else Role.BUFFER
                 entries[key] = Entry(join_path(site_path, name), role, *spec, optional=optional.get(key, ""))

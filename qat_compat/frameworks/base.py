@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat_compat.conventions import Encoding
 from qat_compat.errors import Problem
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
@@ -114,6 +115,20 @@ class Quantizer(ABC):
         """How many times larger the tensor that a weight quantizer sees is than the range it holds; None if unknown."""
         return None
 
+    def release(self) -> None:  # noqa: B027  (most frameworks keep their switches in tensors)
+        """Have the switches again that :meth:`hold` or :meth:`listen` found, where they are no tensors of the model."""
+
+    def state(self, leaf: str, value: Tensor) -> Tensor | None:
+        """One tensor of its state as its own `state_dict` would give it; None where that says nothing yet."""
+        return value
+
+    def adopt(self, leaves: Collection[str]) -> None:  # noqa: B027  (most frameworks need nothing)
+        """Know that these tensors of its state now hold what a checkpoint held, and are not to be made anew."""
+
+    def refusal(self) -> str:
+        """Why the engine cannot find this quantizer's range as its framework would, or ""."""
+        return ""
+
     def restore(self, leaf: str, value: Tensor) -> None:
         """Take a value that the model's state_dict does not hold."""
         raise NotImplementedError(f"{type(self.module).__name__} has no hidden state {leaf}")
@@ -133,6 +148,10 @@ class Quantizer(ABC):
     def channels(self) -> int | None:
         """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
         return 1
+
+    def encoding(self) -> Encoding | None:
+        """What it holds, and how that is to be read; None where it holds no range, or none of this kind."""
+        return None
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take a range chosen by another statistic than the quantizer's own."""
@@ -191,8 +210,8 @@ class Framework(ABC):
     def quantizers(self, view: ModelView) -> list[Quantizer]:
         """Every quantizer of the model, each once, in the model's order."""
 
-    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
-        """The meaning of one tensor of a quantizer's state."""
+    def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry | None:
+        """The meaning of one tensor of a quantizer; None for one that is a means and no state."""
         raise NotImplementedError
 
     def hidden_entries(self, quantizer: Quantizer) -> Iterable[tuple[str, Entry]]:

@@ -219,8 +219,7 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
     with progress_bars(options.progress, totals) as advance:
         reading = Reading(
             ready.description,
-            ready.source.read,
-            ready.source.checkpoint.name,
+            ready.source,
             saved=ready.saved.tensors if ready.saved is not None else {},
             inplace=options.inplace,
             mmap=options.mmap,

@@ -17,11 +17,10 @@ from qat_compat.calibrate import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.isolation import preserved_random_state
-from qat_compat.memory import copy_all
 from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.staging import Reading, Staged, stage
-from qat_compat.state import split_path
+from qat_compat.state import Slot, split_path
 from qat_compat.transaction import Transaction
 
 __all__ = ["Driving", "Outcome", "apply"]
@@ -63,21 +62,29 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
         staged = stage(plan, reading)
         transaction = Transaction(description.view.model, description.view.slots)
         try:
-            transaction.scratch()
+            runs = _runs(plan, staged)
+            if runs:
+                transaction.scratch(staged.tensors)
             for key, value in staged.tensors.items():
                 slot = transaction.slots[key]
-                transaction.install(key, value if slot.is_parameter else value.clone())
-            copy_all((transaction.slots[key].tensor.data, value) for key, value in staged.in_place.items())
+                transaction.install(key, value.clone() if runs and not slot.is_parameter else value)
+            staged.write_in_place()
             _set_extra(description, staged)
             batches = _synthesize(plan, description, driving)
             _set_hidden(description, staged)
-            written = _written(plan, description)
             findings = _verify(plan, description)
-            transaction.settle(staged.tensors, written)
+            if runs:
+                transaction.settle(staged.tensors, _written(plan, description))
         except BaseException:
             transaction.roll_back()
             raise
     return Outcome(batches, staged.losses, findings)
+
+
+def _runs(plan: Plan, staged: Staged) -> bool:
+    """Whether anything will run that can write to buffers: quantizers, the model on data, a module's own code."""
+    works = any(isinstance(step, (Derive, Synthesize)) for step in plan.steps)
+    return works or bool(staged.extra) or bool(staged.hidden)
 
 
 def _set_extra(description: Description, staged: Staged) -> None:
@@ -166,8 +173,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             found=first.detail,
             remedy=first.remedy,
         )
-    model = description.view.model
-    meta = [k for k, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
+    meta = [slot.key for slot in {id(s): s for s in description.view.slots.values()}.values() if _is_meta(slot)]
     if meta:
         raise PlanError(
             [
@@ -183,6 +189,15 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
         )
     findings = [finding for q in description.quantizers if q.name in touched for finding in q.findings()]
     return (*findings, *_stale(plan, description))
+
+
+def _is_meta(slot: Slot) -> bool:
+    """Whether the tensor that the model now holds in a slot has no data."""
+    if not slot.tensor.is_meta:
+        return False  # what has data is never replaced by what has none
+    module, name = slot.owners[0]
+    held = (module._parameters if slot.is_parameter else module._buffers).get(name)
+    return held is not None and held.is_meta
 
 
 def _stale(plan: Plan, description: Description) -> list[str]:

@@ -14,7 +14,7 @@ from qat_compat.errors import CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
-from qat_compat.storage import Checkpoint, open_source
+from qat_compat.storage import Checkpoint, Extent, open_source
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
 
@@ -44,6 +44,10 @@ class Source:
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor; None where that is not known."""
         return self.checkpoint.alias(key) if key in self.checkpoint else None
+
+    def extent(self, key: str) -> Extent | None:
+        """Where the bytes of one tensor lie in a file; None where only :meth:`read` gives it."""
+        return self.checkpoint.extent(key) if key in self.checkpoint else None
 
     @property
     def module_order(self) -> list[str]:

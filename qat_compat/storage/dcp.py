@@ -18,6 +18,7 @@ from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import Opaque
+from qat_compat.storage.stream import Extent
 from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
 
@@ -64,13 +65,16 @@ class _ShardedTensor(LazyTensor):
     def __init__(self, folder: _Folder, name: str, spec: Spec, chunks: list[_Chunk]) -> None:
         self.folder, self.name, self.spec, self.chunks = folder, name, spec, chunks
 
+    def extent(self) -> Extent | None:
+        return self.folder.chunk(self.name, self.spec, self.chunks[0]).extent() if len(self.chunks) == 1 else None
+
     def read(self) -> Tensor:
         if len(self.chunks) == 1:
-            return self.folder.read_chunk(self.name, self.spec, self.chunks[0])
+            return self.folder.chunk(self.name, self.spec, self.chunks[0]).read()
         whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
         for chunk in self.chunks:
             part = whole[tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))]
-            part.copy_(self.folder.read_chunk(self.name, Spec(chunk.sizes, self.spec.dtype), chunk))
+            part.copy_(self.folder.chunk(self.name, Spec(chunk.sizes, self.spec.dtype), chunk).read())
         return whole
 
 
@@ -105,11 +109,11 @@ class _Folder:
             self.shards[name] = MappedFile(path)
         return self.shards[name]
 
-    def read_chunk(self, name: str, spec: Spec, chunk: _Chunk) -> Tensor:
+    def chunk(self, name: str, spec: Spec, chunk: _Chunk) -> LazyTensor:
         found = torch_zip.open_region(self.shard(chunk.shard), chunk.start, chunk.stop)
         if not isinstance(found, LazyTensor) or found.spec != spec:
             raise self._bad(name, "a shard holds something else than the index says", spec, short(found))
-        return found.read()
+        return found
 
     def _value(self, name: str, entry: object, chunks: list[_Chunk]) -> Any:
         if not isinstance(entry, Opaque):

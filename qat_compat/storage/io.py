@@ -164,6 +164,7 @@ def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
         record=record or opened.record,
         notes=(*opened.notes, *([found.note] if found.note else [])),
         alias=lambda key: tensors[key].alias,
+        extent=lambda key: tensors[key].extent(),
     )
 
 

@@ -7,6 +7,7 @@ import mmap
 import os
 import stat
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,6 +69,24 @@ class MappedFile:
             return torch.empty(0, dtype=torch.uint8)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start)
 
+    def read_into(self, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers one after the other with the bytes from `start` on, without the mapping; for several threads."""
+        while buffers:
+            try:
+                count = os.preadv(self._fd, buffers, start)
+            except OSError as error:
+                raise CheckpointError(
+                    "the file cannot be read", file=self.path, found=error, remedy="check the disk or the mount"
+                ) from error
+            if count == 0:
+                self._check_range(start, 1)
+            start += count
+            buffers = _rest(buffers, count)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since it was opened."""
+        self._check_range(0, 0)
+
     def buffer(self) -> mmap.mmap:
         """All bytes, for slicing."""
         self._check_range(0, self.size)
@@ -124,6 +143,16 @@ class MappedFile:
                 found=f"{self.size} bytes",
                 remedy="the download or the copy was interrupted; get a fresh copy",
             )
+
+
+def _rest(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What `count` bytes leave unfilled."""
+    left: list[memoryview] = []
+    for buffer in buffers:
+        if count < len(buffer):
+            left.append(buffer[count:])
+        count = max(0, count - len(buffer))
+    return left
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:

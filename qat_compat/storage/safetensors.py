@@ -19,6 +19,7 @@ from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensors, Storage, StoredTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN
+from qat_compat.storage.stream import Extent
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes
 
 __all__ = ["CONTAINER", "write"]
@@ -60,7 +61,9 @@ def _open(source: Source) -> Opened:
         read = partial(_read, file, name, begin, length, expected)
         if source.verify:
             read()
-        tensors[name] = StoredTensor(Storage(name, length, read), spec.dtype, spec.shape)
+        locate = partial(Extent, file, begin, length, read if expected is not None else None)
+        storage = Storage(name, length, read, locate=locate)
+        tensors[name] = StoredTensor(storage, spec.dtype, spec.shape)
     opened = Opened({name: tensor for name, tensor in tensors.items() if not name.startswith(_HIDDEN)})
     opened.record = dict(_own_json(file, about, OWN)) if OWN in about else {}
     hidden = {name.removeprefix(_HIDDEN): tensor for name, tensor in tensors.items() if name.startswith(_HIDDEN)}

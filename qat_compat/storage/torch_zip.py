@@ -7,6 +7,7 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
@@ -133,7 +134,7 @@ def _storage(archive: Archive, name: str, nbytes: int, *, swap: bool) -> Storage
         )
     if record.size != nbytes:
         raise _wrong_size(archive, name, nbytes, record.size)
-    return Storage(name, nbytes, lambda: archive.tensor(record), swap=swap)
+    return Storage(name, nbytes, partial(archive.tensor, record), swap=swap, locate=partial(archive.extent, record))
 
 
 def _wrong_size(archive: Archive, name: str, expected: int, found: int) -> CheckpointError:

@@ -70,7 +70,7 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
                 transaction.install(key, value.clone() if runs and not slot.is_parameter else value)
             staged.write_in_place()
             _set_extra(description, staged)
-            batches = _synthesize(plan, description, driving)
+            batches = _synthesize(plan, description, driving, staged)
             _set_hidden(description, staged)
             findings = _verify(plan, description)
             if runs:
@@ -125,7 +125,7 @@ def _chosen(plan: Plan, description: Description) -> tuple[list[Quantizer], list
     )
 
 
-def _synthesize(plan: Plan, description: Description, driving: Driving) -> int:
+def _synthesize(plan: Plan, description: Description, driving: Driving, staged: Staged) -> int:
     from_weights, from_data, derived = _chosen(plan, description)
     batches = 0
     if from_data:
@@ -139,7 +139,9 @@ def _synthesize(plan: Plan, description: Description, driving: Driving) -> int:
             advance=driving.advance,
         )
     else:
-        observe_weights(from_weights)
+        observe_weights(
+            from_weights, {q.name: found for q in from_weights if (found := staged.range_of(q)) is not None}
+        )
     for quantizer in derived:
         quantizer.settle()
     return batches

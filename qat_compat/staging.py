@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from qat_compat.casting import cast_loss, is_widening
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
-from qat_compat.frameworks import Description
+from qat_compat.frameworks import Description, Quantizer, Reduction
 from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors
 from qat_compat.names import canonical
 from qat_compat.plan import Copy, How, Plan, Synthesize
+from qat_compat.ranges import RangeOver
 from qat_compat.schema import Role, Spec
 from qat_compat.source import Source
-from qat_compat.state import Slot
+from qat_compat.state import Slot, memory_of
 from qat_compat.storage import Extent, Read, read_all
 
 __all__ = ["Reading", "Staged", "stage"]
@@ -60,6 +61,17 @@ class Staged:
     reads: list[Read] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    # parameter and axis -> the memory it was read into, and its range, worked out meanwhile
+    ranges: dict[Reduction, tuple[Tensor, RangeOver]] = field(default_factory=dict)
+
+    def range_of(self, quantizer: Quantizer) -> tuple[Tensor, Tensor] | None:
+        """The range of what a quantizer quantizes, where that is a parameter, as it was read."""
+        wanted = quantizer.reduction()
+        if wanted is None or wanted not in self.ranges or quantizer.source is None:
+            return None
+        memory, found = self.ranges[wanted]
+        return found.result() if memory_of(quantizer.source()) == memory_of(memory) else None
+
     def write_in_place(self) -> None:
         """Overwrite the model's own memory: from here on there is no way back."""
         read_all(self.reads)
@@ -72,7 +84,7 @@ def stage(plan: Plan, reading: Reading) -> Staged:
     Raises:
         PlanError: Values that a cast would destroy, or tied names with different values.
     """
-    stager = _Stager(reading)
+    stager = _Stager(reading, _reductions(plan, reading.description))
     staged = stager.staged
     slots = reading.description.view.slots
     for step in plan.steps:
@@ -92,11 +104,24 @@ def stage(plan: Plan, reading: Reading) -> Staged:
     return staged
 
 
+def _reductions(plan: Plan, description: Description) -> dict[str, list[Reduction]]:
+    """Parameter -> what of it quantizers want to know, as far as no forward shows it to them."""
+    how = {step.quantizer: step.how for step in plan.steps if isinstance(step, Synthesize)}
+    found: dict[str, list[Reduction]] = {}
+    if How.CALIBRATION not in how.values():
+        for quantizer in description.quantizers:
+            wanted = quantizer.reduction() if how.get(quantizer.name) is How.WEIGHTS else None
+            if wanted is not None:
+                found.setdefault(wanted.parameter, []).append(wanted)
+    return found
+
+
 class _Stager:
     """What is decided tensor by tensor, so that all of them can then be read together."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading, reductions: Mapping[str, list[Reduction]]) -> None:
         self.reading = reading
+        self.reductions = reductions
         self.source = reading.source
         self.schema = reading.description.schema
         self.slots = reading.description.view.slots
@@ -131,7 +156,7 @@ class _Stager:
         for slot, spec, _ in self.streams:
             if not slot.is_parameter:  # quantizers resize buffers, so each has memory of torch's own
                 made[slot.key] = torch.empty(spec.shape, dtype=targets[slot.key])
-        read_all([Read(extent, spec.dtype, made[slot.key]) for slot, spec, extent in self.streams])
+        read_all([self._to_read(slot, spec, extent, made[slot.key]) for slot, spec, extent in self.streams])
         self.staged.tensors.update(made)
         copy_all(self.copies)
 
@@ -149,10 +174,23 @@ class _Stager:
         if extent is None:
             return False
         if self._is_in_place(slot):
-            self.staged.reads.append(Read(extent, spec.dtype, target.data))
+            self.staged.reads.append(self._to_read(slot, spec, extent, target.data))
         else:
             self.streams.append((slot, spec, extent))
         return True
+
+    def _to_read(self, slot: Slot, spec: Spec, extent: Extent, target: Tensor) -> Read:
+        wanted = {reduction for key in slot.keys for reduction in self.reductions.get(key, ())}
+        if not wanted or not RangeOver.takes(target.dtype) or not target.dim():
+            return Read(extent, spec.dtype, target)
+        found = {one: RangeOver(None if one.axis is None else one.axis % target.dim()) for one in wanted}
+        self.staged.ranges.update({one: (target, over) for one, over in found.items()})
+
+        def each(first: int, rows: Tensor) -> None:
+            for over in found.values():
+                over.add(first, rows)
+
+        return Read(extent, spec.dtype, target, each)
 
     def _is_in_place(self, slot: Slot) -> bool:
         return self.reading.inplace and slot.is_parameter and not slot.tensor.is_meta

@@ -119,7 +119,7 @@ class Storage:
 class StoredTensor(LazyTensor):
     """A strided view of a :class:`Storage`; the view is checked here, so that reading it cannot leave the storage."""
 
-    __slots__ = ("conj", "neg", "offset", "quantizer", "storage", "stride")
+    __slots__ = ("conj", "dense", "neg", "offset", "quantizer", "storage", "stride")
 
     def __init__(
         self,
@@ -133,7 +133,9 @@ class StoredTensor(LazyTensor):
         conj: bool = False,
         neg: bool = False,
     ) -> None:
-        self.stride = contiguous(shape) if stride is None else stride
+        packed = contiguous(shape)
+        self.stride = packed if stride is None else stride
+        self.dense = self.stride == packed
         check_extent(storage.name, storage.nbytes, dtype, shape, self.stride, offset)
         self.spec = Spec(shape, dtype)
         self.storage = storage
@@ -152,7 +154,7 @@ class StoredTensor(LazyTensor):
         storage = self.storage
         if storage.locate is None or not CAN_STREAM or storage.swap or self.quantizer or self.conj or self.neg:
             return None
-        if self.stride != contiguous(self.spec.shape) or (whole := storage.locate()) is None:
+        if not self.dense or (whole := storage.locate()) is None:
             return None
         size = element_size(self.spec.dtype)
         length = math.prod(self.spec.shape) * size

@@ -14,7 +14,16 @@ from qat_compat.storage.qtensor import Quantizer, rebuild_quantized
 from qat_compat.storage.stream import CAN_STREAM, Extent
 from qat_compat.storage.text import short
 
-__all__ = ["HeldTensor", "LazyTensor", "LazyTensors", "Storage", "StoredTensor", "check_extent", "element_size"]
+__all__ = [
+    "HeldTensor",
+    "LazyTensor",
+    "LazyTensors",
+    "Storage",
+    "StoredTensor",
+    "check_extent",
+    "contiguous",
+    "element_size",
+]
 
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 62

@@ -18,7 +18,7 @@ from qat_compat.memory import bytes_of
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.threads import THREADS, in_threads
 
-__all__ = ["CAN_STREAM", "Extent", "Read", "read_all"]
+__all__ = ["CAN_STREAM", "Extent", "Read", "pieces", "read_all"]
 
 CAN_STREAM = hasattr(os, "preadv")  # where it is missing, tensors are copied from the mapping
 
@@ -94,6 +94,22 @@ def read_all(reads: Sequence[Read]) -> None:
     in_threads(_tasks(ordered), threads)
     for file in files:
         file.check_unchanged()
+
+
+def pieces(extent: Extent) -> Iterator[memoryview]:
+    """The bytes of one tensor, a block at a time, each in the memory of the one before.
+
+    Raises:
+        CheckpointError: As for :func:`read_all`.
+    """
+    if extent.check is not None:
+        extent.check()
+    buffer = memoryview(bytearray(min(_BLOCK, extent.nbytes)))
+    for at in range(0, extent.nbytes, _BLOCK):
+        piece = buffer[: extent.nbytes - at]
+        extent.file.read_into(extent.start + at, [piece])
+        yield piece
+    extent.file.check_unchanged()
 
 
 def _tasks(ordered: Sequence[Read]) -> Iterator[Callable[[], None]]:

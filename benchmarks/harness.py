@@ -91,7 +91,7 @@ def floor(path: Path, threads: int = 2) -> float:
 
 
 def peak_of(call: Callable[[], object]) -> tuple[int, int]:
-    """Resident bytes before a call, and the most at any moment of it; zeros where the system does not say (Linux does)."""
+    """Resident bytes before a call, and the most during it; zeros where the system does not say (not Linux)."""
     counter = Path("/proc/self/clear_refs")
     if not counter.exists():
         call()

@@ -158,12 +158,7 @@ def _written(plan: Plan, description: Description) -> set[str]:
 
 def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     """Look at the result: quantizers that can be used, and no tensor left without storage."""
-    schema = description.schema
-    touched = {
-        schema[step.key].quantizer
-        for step in plan.steps
-        if isinstance(step, (Copy, Derive, Synthesize)) and step.key in schema
-    }
+    touched = _touched(plan, description) if description.quantizers else set()
     problems = [p for q in description.quantizers if q.name in touched for p in q.check()]
     if problems:
         first = problems[0]
@@ -193,6 +188,13 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     return (*findings, *_stale(plan, description))
 
 
+def _touched(plan: Plan, description: Description) -> set[str]:
+    """Names of the quantizers of which a step writes something."""
+    entries = description.schema.entries
+    steps = (step for step in plan.steps if isinstance(step, (Copy, Derive, Synthesize)))
+    return {entries[step.key].quantizer for step in steps if step.key in entries}
+
+
 def _is_meta(slot: Slot) -> bool:
     """Whether the tensor that the model now holds in a slot has no data."""
     if not slot.tensor.is_meta:
@@ -204,6 +206,8 @@ def _is_meta(slot: Slot) -> bool:
 
 def _stale(plan: Plan, description: Description) -> list[str]:
     """Copied ranges of weight quantizers that do not belong to the weights they now stand beside."""
+    if not description.quantizers:
+        return []
     schema = description.schema
     copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role is Role.MIN}
     findings: list[str] = []

@@ -142,13 +142,14 @@ def _entries(
     entries: dict[str, Entry] = {}
     for path, module in view.modules.items():
         owner = owners.get(path)
-        site_path = path if path in prefixes else _rename(path, sites)
+        site_path = path if not sites or path in prefixes else _rename(path, sites)
         for name in (*module._parameters, *module._buffers):
             key = join_path(path, name)
             slot = view.slots.get(key)
             if slot is None or name in module._non_persistent_buffers_set:
                 continue
-            spec = Spec(tuple(slot.tensor.shape), slot.tensor.dtype)
+            tensor = slot.tensors[0]
+            spec = Spec(tuple(tensor.shape), tensor.dtype)
             if owner is not None and framework is not None:
                 quantizer, root = owner
                 entries[key] = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)

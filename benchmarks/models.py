@@ -53,7 +53,6 @@ def _flat(count: int) -> nn.Module:
 MODELS = {
     "tiny": lambda: nn.ModuleList([_Bottleneck(8, 16) for _ in range(2)]),  # for the tests
     "llama-4-layers-bf16": lambda: _llama(4, torch.bfloat16),  # 0.49 GB
-    "llama-4-layers-fp32": lambda: _llama(4, torch.float32),  # 0.97 GB
     "resnet152-like": _resnet,  # 0.22 GB in 900 tensors
     "flat-20k": lambda: _flat(20_000),  # 20,000 modules of one small tensor
 }

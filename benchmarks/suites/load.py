@@ -67,7 +67,7 @@ _FEW = ("load_file + load_state_dict", "qat_compat", "qat_compat inplace")
 
 
 def prepare(folder: Path, tiny: bool) -> list[tuple[str, ...]]:
-    models = ["tiny"] if tiny else ["llama-4-layers-bf16", "llama-4-layers-fp32", "resnet152-like", "flat-20k"]
+    models = ["tiny"] if tiny else ["llama-4-layers-bf16", "resnet152-like", "flat-20k"]
     for name in {"tiny", *models}:
         write_files(name, folder)
     return [(name, how, str(folder)) for name in models for how in (_FEW if name == "flat-20k" else HOW)]

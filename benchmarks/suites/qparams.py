@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import qat_compat as qc
@@ -28,15 +28,9 @@ def _safe_open(model: nn.Module, path: Path) -> object:
     return native_scales(model)
 
 
-def _load_file(model: nn.Module, path: Path) -> object:
-    model.load_state_dict(load_file(path), strict=False)
-    return native_scales(model)
-
-
 # the first is the baseline
 _HOW: dict[str, Callable[[nn.Module, Path], object]] = {
     "safe_open + native observers": _safe_open,
-    "load_file + native observers": _load_file,
     "qat_compat": lambda m, p: qc.load_checkpoint(m, p, progress=False),
     "qat_compat inplace": lambda m, p: qc.load_checkpoint(m, p, inplace=True, progress=False),
 }

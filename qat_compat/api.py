@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -217,7 +218,9 @@ def load_checkpoint(
     options = Options(
         calibration, inputs, select, float_model, rename, keep, drop, statistic, inplace, mmap, device, progress
     )
-    with preserved_random_state():  # a data loader that shuffles draws from it too
+    # the collector rests until the plan is gone, unless a model runs meanwhile, which may leave cycles behind
+    alone = calibration is None or isinstance(calibration, str)
+    with preserved_random_state(), paused_collector() if alone else nullcontext():  # a shuffling loader draws from it
         return _load(model, source, options, started)
 
 
@@ -229,8 +232,7 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
     with progress_bars(options.progress, totals) as advance:
         reading = Reading(
             ready.description,
-            ready.source.read,
-            ready.source.checkpoint.name,
+            ready.source,
             saved=ready.saved.tensors if ready.saved is not None else {},
             inplace=options.inplace,
             mmap=options.mmap,

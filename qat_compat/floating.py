@@ -22,7 +22,7 @@ from qat_compat.plan import Copy, Derive, Keep
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.state import join_path, split_path
-from qat_compat.storage import Checkpoint
+from qat_compat.storage import Checkpoint, Extent
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 
@@ -92,9 +92,14 @@ def to_float(
             raise PlanError([Problem(ProblemKind.LOSSY, name, loss.text, remedy)], file=opened.checkpoint.name)
         return value.to(specs[name].dtype)
 
+    def extent(name: str) -> Extent | None:
+        key = layout.names[name]
+        return opened.extent(key) if key is not None and specs[name] == opened.spec(key) else None
+
     result = Checkpoint(
         specs,
         fetch,
+        extent=extent,
         name=f"float({opened.checkpoint.name})",
         metadata=opened.checkpoint.metadata,
         notes=(*opened.checkpoint.notes, *layout.notes),

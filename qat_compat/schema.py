@@ -6,7 +6,7 @@ that matching and planning ever see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -198,6 +198,12 @@ class Schema(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries
+
+    def items(self) -> ItemsView[str, Entry]:
+        return self.entries.items()  # not key by key, as a Mapping does
 
     def float_keys(self) -> Iterable[str]:
         """Keys whose tensors the unprepared float model holds too."""

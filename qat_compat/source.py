@@ -16,7 +16,7 @@ from qat_compat.errors import CheckpointError, CompatError
 from qat_compat.frameworks import Description, KeyView, Quantizer, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
-from qat_compat.storage import Checkpoint, open_source
+from qat_compat.storage import Checkpoint, Extent, open_source
 from qat_compat.storage.dtensor import undistributed
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
@@ -53,6 +53,11 @@ class Source:
         """What two keys have in common that are one tensor; None where that is not known."""
         held = key in self.checkpoint and key not in self.schema.recipes
         return self.checkpoint.alias(key) if held else None
+
+    def extent(self, key: str) -> Extent | None:
+        """Where the bytes of one tensor lie in a file; None where only :meth:`read` gives it."""
+        held = key in self.checkpoint and key not in self.schema.recipes
+        return self.checkpoint.extent(key) if held else None
 
     @property
     def module_order(self) -> list[str]:

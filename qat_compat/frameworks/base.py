@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ __all__ = [
     "ModelView",
     "Needs",
     "Quantizer",
+    "Reduction",
     "is_captured",
     "plain_entry",
     "tensorless_places",
@@ -40,6 +41,18 @@ class Needs(Enum):
     DEFINITION = "definition"  # fixed when the quantizer was made
     WEIGHTS = "weights"  # a tensor that the model holds
     DATA = "data"  # what flows through the model
+
+
+class Reduction(NamedTuple):
+    """A parameter whose range is all that a quantizer takes of it.
+
+    Args:
+        parameter: Its key.
+        axis: The axis that has a range per index; None for one range of all.
+    """
+
+    parameter: str
+    axis: int | None
 
 
 class Quantizer(ABC):
@@ -86,6 +99,14 @@ class Quantizer(ABC):
     @abstractmethod
     def observe(self, value: Tensor) -> None:
         """See one tensor, as the forward of the model would show it."""
+
+    def reduction(self) -> Reduction | None:
+        """What :meth:`observe_range` is enough for in place of :meth:`observe`, where it is."""
+        return None
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
+        """See the range of a tensor in place of the tensor."""
+        raise NotImplementedError(f"{type(self.module).__name__} looks at more than a range")
 
     @abstractmethod
     def settle(self) -> None:

@@ -171,6 +171,7 @@ def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
         attributes={**_recorded_attributes(record), **described, **weights.attributes},
         notes=(*opened.notes, *([found.note] if found.note else [])),
         alias=lambda key: tensors[key].alias,
+        extent=lambda key: tensors[key].extent(),
     )
 
 

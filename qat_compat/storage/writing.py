@@ -14,6 +14,7 @@ from qat_compat.errors import SaveError
 from qat_compat.schema import Spec
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.lazy import HeldTensor, LazyTensor
+from qat_compat.storage.stream import Extent
 
 __all__ = ["Contents", "as_memory", "plain_bytes"]
 
@@ -91,6 +92,10 @@ class Contents:
                 remedy="make the checkpoint's specs fit what it reads",
             )
         return tensor.detach()
+
+    def extent(self, key: str) -> Extent | None:
+        """Where the bytes of a tensor are, if they can be copied from file to file without making it."""
+        return self.source.extent(key) if isinstance(self.source, Checkpoint) else None
 
     def alias(self, key: str) -> Hashable | None:
         """Equal for two keys that are one tensor."""

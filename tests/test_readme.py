@@ -170,8 +170,8 @@ def converted_checkpoints_stay_converted() -> str:
         qc.load_checkpoint(prepare_for("eager-x86", "plain")(ARCHS["plain"].make()), integers, calibration="defer")
     assert qc.to_float(integers, like=ARCHS["plain"].make()).stage == "float"
     return (
-        "Converted (integer) checkpoints are loaded only through `to_float`, which dequantizes them: rounded weights are\n"
-        "  never taken for float ones unasked."
+        "Converted (integer) checkpoints are loaded only through `to_float`, which dequantizes them: rounded weights\n"
+        "  are never taken for float ones unasked."
     )
 
 
@@ -212,13 +212,13 @@ def benchmarks() -> str:
 # --- the table of frameworks ------------------------------------------------------------------------------------------
 
 COLUMNS = """\
-**Read**: its files are told by their keys and read without the package. **To float**: the original weights bit for bit,
-of integers what the framework itself dequantizes. **Float in**: a float file gives its model's twin. **Resume**: its own
-QAT file gives the same state, nothing computed anew. **Ranges in, out**: QAT state of torch.ao in its model, its own in
-a model of torch.ao; where the answer is no, the weights go over and the ranges are made anew from them. **Write**: its
-own `load_state_dict` takes, strictly, what `qc.save_checkpoint` writes of its model. A yes is given by doing it
-(`tests/frameworks/table.py`), with the real package; three are not installed there, and their files are laid out as
-they write them: pytorch-quantization, AIMET, and SparseML, whose models are torch.ao's own modules."""
+**Read**: its files are told by their keys and read without the package. **To float**: the original weights bit for
+bit, of integers what the framework itself dequantizes. **Float in**: a float file gives its model's twin. **Resume**:
+its own QAT file gives the same state, nothing computed anew. **Ranges in, out**: QAT state of torch.ao in its model,
+its own in a model of torch.ao; where the answer is no, the weights go over and the ranges are made anew from them.
+**Write**: its own `load_state_dict` takes, strictly, what `qc.save_checkpoint` writes of its model. A yes is given by
+doing it (`tests/frameworks/table.py`), with the real package; three are not installed there, and their files are laid
+out as they write them: pytorch-quantization, AIMET, and SparseML, whose models are torch.ao's own modules."""
 
 
 def frameworks() -> str:

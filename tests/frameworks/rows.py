@@ -46,7 +46,6 @@ class Row:
         file: Writes a file of a model with the weights of `float_state()` into a folder, without this package.
         model: Makes such a model; `None` where the tests do not install the package.
         other: Makes an equal model that holds other weights and ranges.
-        prepare: Float model and data -> prepared and calibrated, by the framework itself.
         dequantized: The weights of an integer model, as the framework itself dequantizes them.
     """
 
@@ -55,7 +54,6 @@ class Row:
     file: Callable[[Path], Path]
     model: Callable[[], nn.Module] | None = None
     other: Callable[[], nn.Module] | None = None
-    prepare: Prepare | None = None
     dequantized: Callable[[], Mapping[str, Tensor]] | None = None
 
 
@@ -103,14 +101,7 @@ def _live(name: str, told: str, prepare: Prepare, save: Callable[[nn.Module, Pat
         return path
 
     different = cache(lambda: other(prepare))
-    return Row(
-        name,
-        (told, "prepared"),
-        file,
-        lambda: copy.deepcopy(made()),
-        lambda: copy.deepcopy(different()),
-        prepare,
-    )
+    return Row(name, (told, "prepared"), file, lambda: copy.deepcopy(made()), lambda: copy.deepcopy(different()))
 
 
 # --- converted --------------------------------------------------------------------------------------------------------

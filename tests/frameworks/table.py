@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from native import assert_native_twin, batches, float_state, make_float, other
+from native import batches, float_state, make_float, other
 from rows import ROWS, Row, by_flow
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from qat_compat.frameworks.key_tables import KeyedFramework
 from qat_compat.plan import Drop, Synthesize
 from qat_compat.schema import Entry, Role
 from qat_compat.source import open_any
-from qat_compat.testing import assert_same_state
+from qat_compat.testing import assert_same_output, assert_same_state
 
 WIDER = 1.5  # a range that no weights give: where it is found again, it was carried
 
@@ -58,11 +58,12 @@ def to_float(row: Row, folder: Path) -> None:
 
 
 def float_in(row: Row, folder: Path) -> None:
-    """A float file into a prepared model of other weights: its twin, bit for bit, outputs too."""
-    if row.prepare is None:
-        qc.load_checkpoint(target(row), float_state(), calibration=batches())
-        raise AssertionError(f"{row.name} took a float file, and its row says not how that is checked")
-    assert_native_twin(row.prepare)
+    """A float file into a prepared model of other weights: as if that had been prepared from it, bit for bit."""
+    model = target(row)
+    qc.load_checkpoint(model, float_state(), calibration=batches())
+    assert row.model is not None
+    assert_same_state(model, row.model())
+    assert_same_output(model, row.model(), batches())
 
 
 def resume(row: Row, folder: Path) -> None:

@@ -140,7 +140,8 @@ def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Ori
     absent = any(leaf not in origin.leaves for leaf in _observed_leaves(draft, keys))
     other_grid = theirs != mine if theirs and mine else (foreign or not same_flow) and quantizer.needs is Needs.DATA
     keeps_range = any(draft.target[key].role is Role.MIN for key in keys)
-    if (absent and (not same_flow or _has_range(draft, origin))) or (other_grid and not keeps_range):
+    only_scale = not keeps_range and (theirs != mine if theirs and mine else not same_flow)
+    if only_scale or (absent and (not same_flow or _has_range(draft, origin))):
         _translate(draft, quantizer, keys, origin)
     else:
         _carry_leaves(draft, keys, origin, derive=other_grid)
@@ -206,10 +207,10 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
         and theirs.split()[0] == mine.split()[0]
         and not (theirs.endswith("affine") and mine.endswith("symmetric"))
     )
-    if _has_range(draft, origin) and Role.MIN in wanted:
-        direct, how = _RANGE, "from the range that the source holds"
-    elif Role.SCALE in known and Role.ZERO_POINT in known and same_integers:
+    if Role.SCALE in known and Role.ZERO_POINT in known and same_integers:
         direct, how = (Role.SCALE, Role.ZERO_POINT), "the range that scale and zero_point span"
+    elif _has_range(draft, origin) and Role.MIN in wanted:
+        direct, how = _RANGE, "from the range that the source holds"
     else:
         why = f"the source has the grid {theirs}, not {mine}" if theirs and mine else "the source's grid is not known"
         _drop(draft, origin, f"{why}: cannot be carried")
@@ -231,12 +232,13 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
         else:
             draft.steps[key] = Keep(key, "a setting of the quantizer, not of the checkpoint")
     for key in origin.leaves.values():
-        if key not in draft.used:
+        if key not in draft.used and key not in draft.source.recipes:
             draft.dropped[key] = Drop(key, "what it says is carried over in this quantizer's own terms")
 
 
 def _drop(draft: Draft, origin: _Origin, reason: str) -> None:
-    draft.dropped.update({key: Drop(key, reason) for key in origin.leaves.values()})
+    held = [key for key in origin.leaves.values() if key not in draft.source.recipes]
+    draft.dropped.update({key: Drop(key, reason) for key in held})
 
 
 def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason: str) -> None:

@@ -60,11 +60,13 @@ class Convention(NamedTuple):
         tensors: Names of the tensors that it is written in.
         qparams: (those tensors, the grid) -> (scale, zero point), in the dtype and shape of the first tensor.
         source: Where the framework says so.
+        is_magnitude: Whether its one tensor is the largest magnitude, which is a range whatever the grid is.
     """
 
     tensors: tuple[str, ...]
     qparams: Callable[[Tensors, Grid], tuple[Tensor, Tensor]]
     source: str
+    is_magnitude: bool = False
 
 
 class Encoding(NamedTuple):
@@ -135,7 +137,7 @@ def _nncf_asymmetric(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 CONVENTIONS: Mapping[str, Convention] = {
-    "modelopt.int":     Convention(("_amax",), _amax, "TensorQuantizer.step_size, _tensor_quant; modelopt 0.47"),
+    "modelopt.int":     Convention(("_amax",), _amax, "TensorQuantizer.step_size, _tensor_quant; modelopt 0.47", True),
     "modelopt.e4m3":    Convention(("_amax",), _amax_e4m3, "fp8_eager; modelopt 0.47"),
     "modelopt.nvfp4":   Convention(("_amax", "_global_amax"), _nvfp4, "NVFP4QTensor.quantize; modelopt 0.47"),
     "brevitas.int":     Convention(("value",), _threshold, "RescalingIntQuant, IntScaling; brevitas 0.13.4"),

@@ -250,6 +250,8 @@ def _leftovers(draft: Draft, found: Match, alias: Callable[[str], Hashable | Non
     for key, entry in source.items():
         if key in draft.used or key in draft.dropped or key in found.contested:
             continue
+        if entry.quantizer and key in source.recipes:
+            continue  # nothing of the file: another way to tell what a quantizer holds
         parent, leaf = split_path(entry.site)
         twin = used_memory.get(alias(key)) if alias(key) is not None else None
         reason = ""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat_compat.encodings import Encoded, encoded_entries, grid_text
 from qat_compat.errors import CheckpointError, CompatError
-from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
+from qat_compat.frameworks import Description, KeyView, Quantizer, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
@@ -113,6 +115,7 @@ def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
         checkpoint.record,
         checkpoint.attributes,
         config if isinstance(config, Mapping) else {},
+        checkpoint.metadata,
     )
 
 
@@ -172,7 +175,36 @@ def _from_module(model: nn.Module) -> Source:
     record = {"framework": schema.framework, "stage": schema.stage.value}
     checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, record=record, alias=alias)
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
-    return Source(checkpoint, schema, description)
+    return Source(checkpoint, _with_encodings(schema, description.quantizers), description)
+
+
+def _with_encodings(schema: Schema, quantizers: Sequence[Quantizer]) -> Schema:
+    """With the ranges of quantizers in terms that other frameworks' quantizers can take."""
+    entries, recipes, grids = dict(schema.entries), dict(schema.recipes), dict(schema.grids)
+    for quantizer in quantizers:
+        encoding = quantizer.encoding()
+        keys = schema.by_quantizer().get(quantizer.name, [])
+        if encoding is None or not keys:
+            continue
+        first = next(iter(encoding.tensors.values()))
+        one = Encoded(
+            quantizer.name,
+            quantizer.site,
+            encoding.convention,
+            keys[:1],
+            partial(_held, encoding.tensors),
+            Spec(tuple(first.shape), first.dtype),
+            encoding.grid,
+        )
+        for key, (entry, recipe) in encoded_entries(one).items():
+            if key not in entries:
+                entries[key], recipes[key] = entry, recipe
+        grids[quantizer.name] = grid_text(one)
+    return replace(schema, entries=entries, recipes=recipes, grids=grids, _by_quantizer={}) if grids else schema
+
+
+def _held(tensors: Mapping[str, Tensor], *_read: Tensor) -> Mapping[str, Tensor]:
+    return tensors
 
 
 def _from_converted(description: Description) -> Source:

@@ -179,6 +179,7 @@ class KeyView:
         attributes: Name of a tensor subclass (`fc.weight`) -> `class`, `shape`, `dtype`, `tensors` (part -> key) and
             the attributes of its class, as JSON values; the keys are those of the tensors in it.
         config: `quantization_config` of the `config.json` beside the file.
+        metadata: Training state beside the weights, as plain data.
     """
 
     specs: Mapping[str, Spec]
@@ -186,6 +187,7 @@ class KeyView:
     record: Mapping[str, Any] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Framework(ABC):

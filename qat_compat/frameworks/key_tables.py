@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from qat_compat.encodings import Encoded, encoded_entries, grid_text
 from qat_compat.frameworks.base import CAPTURED, Framework, KeyView, ModelView, Quantizer, is_captured, plain_entry
 from qat_compat.schema import Entry, Recipe, Role, Schema, Spec, Stage
 from qat_compat.state import split_path
@@ -57,6 +58,10 @@ class KeyedFramework(Framework):
         """Key -> tensor of the float model that is computed from others; the key may be that of one of them."""
         return {}
 
+    def encodings(self, view: KeyView) -> Iterable[Encoded]:
+        """The ranges of quantizers that can be told in other frameworks' terms."""
+        return ()
+
     def owns_keys(self, view: KeyView) -> bool:
         return any(self.place(key, spec) is not None for key, spec in view.specs.items())
 
@@ -69,12 +74,17 @@ class KeyedFramework(Framework):
             place = self.place(key, spec)
             if place is None:
                 entry = plain_entry(self.float_site(key, view), spec)
+                if holds_integers({key: spec}):
+                    entry = replace(entry, role=Role.PACKED)
                 entries[key] = replace(entry, role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             else:
                 entries[key] = Entry(place.site, place.role, *spec, place.quantizer, place.leaf)
-        decoded = self.decoded(view)
+        encodings = list(self.encodings(view))
+        decoded = dict(self.decoded(view))
+        decoded |= {key: Decoded(*found) for one in encodings for key, found in encoded_entries(one).items()}
         recipes = {key: one.recipe for key, one in decoded.items()}
-        return Schema(decoded_entries(entries, decoded), self.name, self.stage(view), recipes=recipes)
+        grids = {one.quantizer: text for one in encodings if (text := grid_text(one))}
+        return Schema(decoded_entries(entries, decoded), self.name, self.stage(view), recipes=recipes, grids=grids)
 
 
 def decoded_entries(entries: Mapping[str, Entry], decoded: Mapping[str, Decoded]) -> dict[str, Entry]:

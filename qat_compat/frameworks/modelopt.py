@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.conventions import Encoding, Grid
+from qat_compat.encodings import Encoded, as_amax
 from qat_compat.errors import Problem, ProblemKind, QParamError
-from qat_compat.frameworks.base import ModelView, Needs, Quantizer
+from qat_compat.frameworks.base import KeyView, ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
 from qat_compat.schema import Entry, Role, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
@@ -111,7 +112,9 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Settings]:
         metadata: Of an opened checkpoint; without a `modelopt_state` the result is empty.
     """
     found: dict[str, Settings] = {}
-    for _mode, state in (metadata.get("modelopt_state") or {}).get("modelopt_state_dict", ()):
+    beside = metadata.get("modelopt")  # where Ultralytics keeps it
+    ours = beside.get("modelopt") if isinstance(beside, Mapping) else None
+    for _mode, state in (metadata.get("modelopt_state") or ours or {}).get("modelopt_state_dict", ()):
         quantizers = (state.get("metadata") or {}).get("quantizer_state") or {}
         found.update({name: _settings(one) for name, one in quantizers.items() if "_num_bits" in one})
     return found
@@ -338,6 +341,20 @@ class ModelOpt(KeyedFramework):
             yield key, Entry(quantizer.site, Role.AMAX, *spec, quantizer.name, "_amax", hidden=True)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def encodings(self, view: KeyView) -> Iterable[Encoded]:
+        """The largest magnitudes of integer quantizers; the number of bits is beside the weights, or nowhere."""
+        settings = settings_of(view.metadata)
+        for key, spec in view.specs.items():
+            place = self.place(key, spec)
+            if place is None or place.leaf != "_amax" or f"{place.quantizer}._global_amax" in view.specs:
+                continue
+            known = settings.get(place.quantizer)
+            if known is None:
+                yield Encoded(place.quantizer, place.site, "modelopt.int", [key], as_amax, spec, None)
+            elif isinstance(known.bits, int):
+                grid = Grid(known.bits, not known.unsigned, known.narrow_range)
+                yield Encoded(place.quantizer, place.site, "modelopt.int", [key], as_amax, spec, grid)
 
     def place(self, key: str, spec: Spec) -> Place | None:
         if "_quantizer." not in key or (found := _QUANTIZER.match(key)) is None:

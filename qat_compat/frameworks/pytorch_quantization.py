@@ -11,8 +11,10 @@ What is known here, and what it rests on (pytorch-quantization 2.1 and 2.2, chec
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from qat_compat.encodings import Encoded, as_amax
+from qat_compat.frameworks.base import KeyView
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
 from qat_compat.schema import Role, Spec
 
@@ -32,6 +34,13 @@ class PytorchQuantization(KeyedFramework):
     """NVIDIA pytorch-quantization."""
 
     name = "pytorch_quantization"
+
+    def encodings(self, view: KeyView) -> Iterable[Encoded]:
+        """The largest magnitude; the number of bits is in no file."""
+        for key, spec in view.specs.items():
+            place = self.place(key, spec)
+            if place is not None and place.role is Role.AMAX:
+                yield Encoded(place.quantizer, place.site, "modelopt.int", [key], as_amax, spec, None)
 
     def place(self, key: str, spec: Spec) -> Place | None:
         if "_quantizer." not in key or (found := _QUANTIZER.match(key)) is None:

@@ -125,5 +125,5 @@ def test_a_scale_that_multiplies_the_input_is_not_dropped() -> None:
     state = {key: value.detach() for key, value in make().state_dict().items()}
     state["0.weight_quantizer._amax"] = torch.ones(3, 1)
     state["0.input_quantizer._pre_quant_scale"] = torch.full((4,), 2.0)
-    with pytest.raises(qc.PlanError, match=r"unexpected +0\.input_quantizer\._pre_quant_scale"):
+    with pytest.raises(qc.PlanError, match=r"mismatched +0\.input_quantizer\._pre_quant_scale"):
         qc.load_checkpoint(make(), state)

@@ -203,7 +203,7 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
     theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
     wanted = {draft.target[key].role for key in keys if draft.target[key].role.is_observed}
     same_integers = (
-        bool(theirs)
+        bool(theirs and mine)
         and theirs.split()[0] == mine.split()[0]
         and not (theirs.endswith("affine") and mine.endswith("symmetric"))
     )

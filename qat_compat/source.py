@@ -173,7 +173,7 @@ def _from_module(model: nn.Module) -> Source:
         for key in description.schema
         if key.endswith("_extra_state") and key not in tensors
     }
-    specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
+    specs = {key: entry.spec for key, entry in schema.items() if key in tensors or key in extras}
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
     if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be

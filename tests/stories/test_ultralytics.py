@@ -15,82 +15,10 @@ import pytest
 import torch
 from common import eager, same, stateful
 from torch import Tensor, nn
+from yolo import DFL, Bottleneck, C2f, Conv, Detect, DetectionModel
 
 import qat_compat as qc
 from qat_compat.testing import assert_twin
-
-
-class Conv(nn.Module):
-    def __init__(self, c1: int, c2: int, k: int = 1, s: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c1, c2, k, s, k // 2, bias=False)
-        self.bn = nn.BatchNorm2d(c2, eps=0.001, momentum=0.03)
-        self.act = nn.SiLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.cv1, self.cv2 = Conv(c, c, 3), Conv(c, c, 3)
-        self.add = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.cv2(self.cv1(x))
-
-
-class C2f(nn.Module):
-    def __init__(self, c1: int, c2: int, n: int = 1) -> None:
-        super().__init__()
-        self.c = c2 // 2
-        self.cv1, self.cv2 = Conv(c1, 2 * self.c), Conv((2 + n) * self.c, c2)
-        self.m = nn.ModuleList(Bottleneck(self.c) for _ in range(n))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = list(self.cv1(x).chunk(2, 1))
-        y.extend(m(y[-1]) for m in self.m)
-        return self.cv2(torch.cat(y, 1))
-
-
-class DFL(nn.Module):
-    def __init__(self, c1: int = 4) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c1, 1, 1, bias=False).requires_grad_(False)
-        self.conv.weight.data[:] = torch.arange(c1, dtype=torch.float).view(1, c1, 1, 1)
-
-
-class Detect(nn.Module):
-    anchors = torch.empty(0)
-
-    def __init__(self, nc: int, ch: tuple[int, ...]) -> None:
-        super().__init__()
-        self.nc, self.stride = nc, torch.zeros(len(ch))  # a plain attribute, not a buffer
-        self.cv2 = nn.ModuleList(nn.Sequential(Conv(c, 8, 3), nn.Conv2d(8, 16, 1)) for c in ch)
-        self.cv3 = nn.ModuleList(nn.Sequential(Conv(c, nc, 3), nn.Conv2d(nc, nc, 1)) for c in ch)
-        self.dfl = DFL()
-
-    def forward(self, x: list[Tensor]) -> list[Tensor]:
-        found = [torch.cat((a(one), b(one)), 1) for a, b, one in zip(self.cv2, self.cv3, x, strict=True)]
-        if self.training:
-            return found
-        boxes = torch.cat([one[:, :16].flatten(2) for one in found], 2).unflatten(1, (4, 4)).transpose(2, 1)
-        return [*found, self.dfl.conv(boxes.softmax(1))]
-
-
-class DetectionModel(nn.Module):
-    def __init__(self, nc: int = 3) -> None:
-        super().__init__()
-        self.yaml = {"nc": nc, "backbone": [[-1, 1, "Conv", [8, 3, 2]]]}
-        self.model = nn.Sequential(Conv(3, 8, 3, 2), C2f(8, 8), Conv(8, 16, 3, 2), Detect(nc, (8, 16)))
-        self.names = {i: f"{i}" for i in range(nc)}
-        self.criterion = None
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        small = self.model[1](self.model[0](x))
-        return self.model[3]([small, self.model[2](small)])
-
 
 PLACES = {
     "ultralytics.nn.modules.conv": (Conv,),

@@ -14,7 +14,7 @@ from torch import nn
 
 import qat_compat as qc
 from benchmarks.models import build
-from qat_compat.calibrate import observe_weights
+from qat_compat.driving import observe_weights
 from qat_compat.frameworks import Needs, describe_model
 
 __all__ = ["LOADS", "PLANS", "RANGES", "floor", "write_files"]

@@ -11,9 +11,11 @@ from __future__ import annotations
 from qat_compat.testing.assertions import Twin, assert_resume, assert_round_trip, assert_twin
 from qat_compat.testing.calibration import native_calibration
 from qat_compat.testing.comparison import assert_same_output, assert_same_state
+from qat_compat.testing.models import QATModel, qat_model
 from qat_compat.testing.scrambling import scramble
 
 __all__ = [
+    "QATModel",
     "Twin",
     "assert_resume",
     "assert_round_trip",
@@ -21,5 +23,6 @@ __all__ = [
     "assert_same_state",
     "assert_twin",
     "native_calibration",
+    "qat_model",
     "scramble",
 ]

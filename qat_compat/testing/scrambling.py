@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def scramble(model: nn.Module, seed: int = 1234) -> nn.Module:
@@ -37,3 +42,35 @@ def scramble(model: nn.Module, seed: int = 1234) -> nn.Module:
             elif name.endswith("num_batches_tracked"):
                 tensor.fill_(7 + seed % 7)
     return model
+
+
+def settle(model: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+    """Give every batch normalization a random affine part, and the statistics of the data that reach it.
+
+    A fresh one multiplies by one and subtracts nothing, so that a tensor in the wrong place would not be seen.
+
+    Example:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> settle(norm, [((torch.randn(8, 2) + 3,), {})])
+        >>> bool((norm.running_mean > 1).all()), norm.weight[0].item() < 0
+        (True, True)
+
+    Args:
+        model: The model, in train mode.
+        calls: Arguments and keyword arguments of the forwards.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS) and module.affine]
+    momenta = [norm.momentum for norm in norms]
+    if not norms:
+        return
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5)
+            norm.weight[0] *= -1  # ranges of a scaled weight must not assume a positive scale
+            norm.bias.normal_(0, 0.2)
+            norm.momentum = 0.7
+        for args, kwargs in calls:
+            model(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum

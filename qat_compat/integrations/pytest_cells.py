@@ -14,6 +14,7 @@ import pytest
 
 from qat_compat.integrations.pytest_plugin import PROPERTY
 from qat_compat.matrix.cases import AXES, Cell
+from qat_compat.matrix.directions import DIRECTIONS
 from qat_compat.matrix.planning import Matrix, plan_matrix
 from qat_compat.matrix.report import brief
 from qat_compat.matrix.running import FAILED, INAPPLICABLE, UNSUPPORTED, run_cell
@@ -55,6 +56,7 @@ def _described(matrix: Matrix) -> dict[str, Any]:
     return {
         "axes": {axis: list(values) for axis, values in matrix.design.axes.items()},
         "frameworks": {name: flow.framework for name, flow in matrix.flows.items()},
+        "directions": {name: (direction.title, direction.means) for name, direction in DIRECTIONS.items()},
         "absent": dict(matrix.absent),
         "cells": [asdict(cell) for cell in matrix.cells],
         "combinations": matrix.design.product,

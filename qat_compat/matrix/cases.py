@@ -69,7 +69,9 @@ def framework_side() -> Iterator[None]:
     except Exception as error:  # whatever a framework raises is its own answer, and is shown as such
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = " ".join(str(error).split()) or "no message"
-        raise Refused(f"{type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})") from error
+        raise Refused(
+            f"the framework refuses: {type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})"
+        ) from error
 
 
 def native(call: Callable[P, T]) -> Callable[P, T]:

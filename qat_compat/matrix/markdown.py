@@ -28,6 +28,8 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         _size(found),
         _table(rows),
         "\n".join(f"- {symbol} {kind}: {meaning}" for kind, (symbol, meaning) in OUTCOMES.items()),
+        "## What each direction asserts",
+        _directions(found),
         "## By axis",
         *(_axis(found, axis) for axis in _AXES),
         *(["## Not here", _absent(found)] if found["absent"] else []),
@@ -40,8 +42,8 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 def _size(found: Mapping[str, Any]) -> str:
     pairs = found["pairs"]
     return (
-        f"The {found['size']} matrix: {len(found['cells']):,} cells stand for {found['combinations']:,} combinations of "
-        f"the axes. {pairs['run']:,} pairs of values of two axes are in some cell, {pairs['passed']:,} of them in one "
+        f"The {found['size']} matrix: {len(found['cells']):,} cells stand for {found['combinations']:,} combinations. "
+        f"{pairs['run']:,} pairs of values of two axes are in some cell, {pairs['passed']:,} of them in one "
         f"that passed; {found['impossible']:,} cannot occur."
     )
 
@@ -51,6 +53,10 @@ def _axis(found: Mapping[str, Any], axis: str) -> str:
     rows = [[axis, *(f"{symbol} {kind}" for kind, (symbol, _) in OUTCOMES.items())]]
     rows += [[v, *(str(count[kind] or "") for kind in kinds)] for v, count in by_value(found, axis).items()]
     return _table(rows)
+
+
+def _directions(found: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}, {title}: {means}" for name, (title, means) in found["directions"].items())
 
 
 def _absent(found: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ def as_page(found: Mapping[str, Any]) -> str:
         f"<title>QAT compatibility matrix</title>\n<style>{STYLE}</style>\n<main>\n<header>\n"
         f'<p class="above">qat_compat &middot; {escape(found["made"])}</p>\n<h1>Compatibility matrix</h1>\n'
         f'<p class="below">{_size(found)}</p>\n<p class="below">{versions}</p>\n</header>\n'
-        f"{_counts(found)}{_grid(found, seen)}{_axes(found)}{_notes(seen)}{_absent(found)}</main>\n</html>\n"
+        f"{_counts(found)}{_grid(found, seen)}{_axes(found)}{_directions(found)}{_notes(seen)}{_absent(found)}"
+        "</main>\n</html>\n"
     )
 
 
@@ -89,7 +90,7 @@ def _short(flow: str) -> str:
 
 def _field(entry: Field | None, notes: Mapping[int, Note]) -> str:
     if entry is None:
-        return '<span class="none" title="left out by the declaration">&middot;</span>'
+        return ""
     reasons = "\n".join(f"{notes[number].kind}: {notes[number].text}" for number in entry.notes)
     title = "\n".join([", ".join(f"{count} {kind}" for kind, count in entry.counts.items()), reasons]).strip()
     inner = f'<span class="{_name(entry.kind)}" title="{escape(title)}">{escape(entry.text)}</span>'
@@ -112,6 +113,15 @@ def _value(value: str, counts: Counter[str]) -> str:
         f'<div><span>{escape(value)}</span><span class="mini" aria-hidden="true">{bars}</span>'
         f'<span class="n">{counts["passed"]}/{counts.total()}</span></div>\n'
     )
+
+
+def _directions(found: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<dt>{escape(name)}: {escape(title)}</dt><dd>{escape(means)}</dd>\n"
+        for name, (title, means) in found["directions"].items()
+        if name in by_value(found, "direction")
+    )
+    return f'<h2>What each direction asserts</h2>\n<dl class="facts">\n{rows}</dl>\n'
 
 
 def _notes(seen: Overview) -> str:

@@ -31,35 +31,32 @@ code { font: .86em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; over
 .counts > div { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .65rem .9rem; }
 .counts dt { color: var(--c); font-weight: 600; font-size: .9rem; }
 .counts dd { color: var(--soft); font-size: .8rem; line-height: 1.4; }
-.counts b { display: block; color: var(--ink); font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.counts b { display: block; color: var(--ink); font-size: 1.6rem; line-height: 1.25;
+  font-variant-numeric: tabular-nums; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; }
-.grid { width: 100%; font-size: .8rem; }
+.grid { width: 100%; font-size: .8rem; table-layout: fixed; min-width: 62rem; }
+.grid thead th:first-child { width: 9.5rem; }
 .grid th { font-weight: 400; }
 .grid thead th { background: var(--tint); color: var(--soft); padding: .35rem .2rem; text-align: center; }
 .grid thead tr:first-child th { color: var(--ink); font-weight: 600; padding-top: .55rem; }
 .grid .first { border-left: 1px solid var(--line); }
 .grid tbody th { text-align: left; padding: .15rem .5rem .15rem .9rem; white-space: nowrap; font-size: .85rem;
   position: sticky; left: 0; background: var(--card); }
-.grid td { padding: 2px; text-align: center; min-width: 3.1rem; }
+.grid td { padding: 2px; text-align: center; }
 .grid tbody tr:first-child td, .grid tbody tr:first-child th { padding-top: .45rem; }
 .grid tbody tr:last-child td, .grid tbody tr:last-child th { padding-bottom: .5rem; }
 .grid tbody tr:hover th { color: var(--link); }
-.grid td > span { display: block; background: var(--t); color: var(--c); border-radius: .3rem; padding: .12rem .2rem;
-  white-space: nowrap; font-variant-numeric: tabular-nums; cursor: default; }
-.grid td > span + span { margin-top: 2px; }
+.grid td span { display: block; background: var(--t); color: var(--c); border-radius: .3rem; padding: .12rem .2rem;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
 .grid a { color: inherit; text-decoration: none; display: block; border-radius: .3rem; }
 .grid a:hover > span, .grid td > span:hover { outline: 2px solid var(--c); outline-offset: -1px; }
-.grid a > span { display: block; background: var(--t); color: var(--c); border-radius: .3rem; padding: .12rem .2rem;
-  white-space: nowrap; }
-.grid a + span, .grid span + a, .grid a + a { margin-top: 2px; }
-.grid .none { color: var(--line); }
-.axes { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .75rem; }
-.axes section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
+.axes { columns: 3 19rem; column-gap: .75rem; }
+.axes section { break-inside: avoid; margin-bottom: .75rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; padding: .7rem .9rem; }
 .axes h3 { font-size: .8rem; color: var(--soft); font-weight: 600; margin-bottom: .4rem; }
-.axes div { display: grid; grid-template-columns: minmax(0, 1fr) 5.5rem 4.2rem; gap: .6rem; align-items: center;
+.axes div { display: grid; grid-template-columns: minmax(0, 1fr) 7rem 3.6rem; gap: .6rem; align-items: center;
   font-size: .84rem; line-height: 1.7; }
-.axes span { overflow-wrap: anywhere; }
 .axes .mini { display: flex; gap: 1px; height: .5rem; border-radius: .25rem; overflow: hidden;
   background: var(--tint); }
 .mini i { background: var(--c); min-width: 2px; }

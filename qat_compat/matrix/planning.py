@@ -3,10 +3,11 @@ rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import product
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from qat_compat.matrix.directions import DIRECTIONS
 from qat_compat.matrix.flows import FLOWS, Flow
 from qat_compat.testing import QATModel
 
-__all__ = ["SIZES", "Matrix", "donor_of", "plan_matrix"]
+__all__ = ["SIZES", "Matrix", "declared_reason", "donor_of", "excluded", "plan_matrix"]
 
 OWN = "own"  # granularity of a flow that a declaration brings along: it is what it is
 
@@ -76,12 +77,12 @@ def plan_matrix(models: Sequence[QATModel], size: str, only: Mapping[str, Sequen
     absent |= {} if torch.cuda.is_available() else {"cuda": "no such device here"}
     globs = only or {}
     axes = {axis: [value for value in here[axis] if _matches(value, globs.get(axis, ("*",)))] for axis in AXES}
-
-    def excluded(chosen: Chosen) -> str | None:
-        return next((why for rule in RULES if (why := rule(chosen, declared, flows))), None)
-
     wanted: list[Target] = [*pairs(axes, ("flow", "direction")), *singles(axes)] if size == "small" else [*pairs(axes)]
-    design = covering(axes, wanted, excluded) if all(axes.values()) else Design(axes, (), (), ())
+    design = (
+        covering(axes, wanted, partial(excluded, models=declared, flows=flows))
+        if all(axes.values())
+        else Design(axes, (), (), ())
+    )
     cells = [Cell(**chosen) for chosen in design.cells]
     cells += _probes(axes, declared, flows, size)
     return Matrix(tuple(dict.fromkeys(cells)), design, flows, absent)
@@ -92,9 +93,20 @@ def donor_of(flow: Flow) -> Flow:
     return FLOWS["fx-x86" if flow.name.startswith("eager-") else "eager-x86"]
 
 
-def refusal(model: QATModel, flow: str) -> str | None:
-    """The regex of the error with which the framework is declared to refuse the model in that flow."""
-    return next((text for glob, text in (model.refused or {}).items() if fnmatchcase(flow, glob)), None)
+def declared_reason(reasons: Mapping[str, str] | None, flow: str, direction: str) -> str | None:
+    """The regex that a declaration gives for a flow and a direction.
+
+    Example:
+        >>> declared_reason({"fx-*": "control flow", "pt2e-*/converted": "LSTM"}, "pt2e-x86", "converted")
+        'LSTM'
+    """
+    where = f"{flow}/{direction}"
+    return next((text for glob, text in (reasons or {}).items() if _matches(where, (glob, f"{glob}/*"))), None)
+
+
+def _expected(model: QATModel, flow: str, direction: str) -> str | None:
+    reasons = (model.refused, model.unsupported)
+    return next((text for one in reasons if (text := declared_reason(one, flow, direction))), None)
 
 
 def _flows(models: Sequence[QATModel]) -> tuple[dict[str, Flow], dict[str, str]]:
@@ -117,16 +129,17 @@ def _matches(value: str, globs: Sequence[str]) -> bool:
 
 def _probes(
     axes: Mapping[str, Sequence[str]], models: Mapping[str, QATModel], flows: Mapping[str, Flow], size: str
-) -> list[Cell]:
-    """One cell for every declared refusal, so that a framework that has learned to do it is noticed."""
-    if size != "full" or "load" not in axes["direction"]:
-        return []
-    return [
-        Cell(name, flow, "load", axes["container"][0], next(iter(flows[flow].prepare)), "fp32", axes["device"][0])
-        for name in axes["model"]
-        for flow in axes["flow"]
-        if refusal(models[name], flow) and _matches(flow, models[name].flows)
-    ]
+) -> Iterator[Cell]:
+    """One cell for every declared refusal, so that what has learned to do it is noticed."""
+    if size != "full":
+        return
+    for name, flow in product(axes["model"], axes["flow"]):
+        model, prepare = models[name], flows[flow].prepare
+        if not _matches(flow, model.flows):
+            continue
+        directions = [direction for direction in axes["direction"] if _expected(model, flow, direction)]
+        for direction in directions[:1] if directions == axes["direction"] else directions:
+            yield Cell(name, flow, direction, axes["container"][0], next(iter(prepare)), "fp32", axes["device"][0])
 
 
 # --- what cannot occur ------------------------------------------------------------------------------------------------
@@ -142,18 +155,17 @@ def _wanted_flow(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[
         return None if flow.name in model.prepare else "the flow is another model's own"
     if not _matches(flow.name, model.flows):
         return "the model's declaration leaves the flow out"
-    return "the framework refuses the model, as declared" if refusal(model, flow.name) else None
+    if "direction" in chosen and _expected(model, flow.name, chosen["direction"]):
+        return "the declaration says that it is refused"
+    return None
 
 
 def _own_donor(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[str, Flow]) -> str | None:
     if chosen.get("direction") != "transfer" or not {"model", "flow"} <= set(chosen):
         return None
     donor = donor_of(flows[chosen["flow"]])
-    return (
-        "the framework refuses the model in the flow of origin"
-        if refusal(models[chosen["model"]], donor.name)
-        else None
-    )
+    refused = _expected(models[chosen["model"]], donor.name, "load")
+    return "the flow of origin is refused, as declared" if refused else None
 
 
 def _granularity(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[str, Flow]) -> str | None:
@@ -180,3 +192,8 @@ def _hidden(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[str, 
 
 
 RULES: Sequence[Rule] = (_wanted_flow, _own_donor, _granularity, _convertible, _hidden)
+
+
+def excluded(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[str, Flow]) -> str | None:
+    """Why these values, of some axes or of all, cannot occur together."""
+    return next((why for rule in RULES if (why := rule(chosen, models, flows))), None)

@@ -47,9 +47,11 @@ def results(rows: Sequence[Row], designs: Sequence[Mapping[str, Any]], size: str
     axes: dict[str, list[str]] = {}
     frameworks: dict[str, str] = {}
     absent: dict[str, str] = {}
+    directions: dict[str, tuple[str, str]] = {}
     for design in designs:
         frameworks |= design["frameworks"]
         absent |= design["absent"]
+        directions |= design["directions"]
         for axis in _AXES:
             axes[axis] = list(dict.fromkeys([*axes.get(axis, []), *design["axes"][axis]]))
     order = [{value: index for index, value in enumerate(axes.get(axis, []))} for axis in _AXES]
@@ -60,6 +62,7 @@ def results(rows: Sequence[Row], designs: Sequence[Mapping[str, Any]], size: str
         "size": size,
         "axes": axes,
         "frameworks": frameworks,
+        "directions": directions,
         "absent": absent,
         "combinations": sum(design["combinations"] for design in designs),
         "planned": sum(len(design["cells"]) for design in designs),

@@ -16,7 +16,7 @@ from qat_compat.errors import CompatError
 from qat_compat.matrix.cases import Case, Cell, Refused
 from qat_compat.matrix.directions import DIRECTIONS
 from qat_compat.matrix.flows import Flow, NotApplicable
-from qat_compat.matrix.planning import donor_of, refusal
+from qat_compat.matrix.planning import declared_reason, donor_of
 from qat_compat.testing import QATModel
 
 __all__ = ["FAILED", "INAPPLICABLE", "PASSED", "UNSUPPORTED", "Outcome", "run_cell"]
@@ -66,27 +66,28 @@ def run_cell(cell: Cell, declared: QATModel, flow: Flow, folder: Path) -> Outcom
 
 
 def _judged(check: Callable[[], None], cell: Cell, declared: QATModel) -> tuple[str, str]:
-    expected = refusal(declared, cell.flow)
+    refused = declared_reason(declared.refused, cell.flow, cell.direction)
+    unsupported = declared_reason(declared.unsupported, cell.flow, cell.direction)
     try:
         check()
-    except NotApplicable as error:
-        return INAPPLICABLE, str(error)
-    except Refused as error:
-        return _refused(str(error), expected, declared)
+    except (NotApplicable, Refused) as error:
+        return _refused(str(error), refused, declared)
     except CompatError as error:
-        return (UNSUPPORTED if DIRECTIONS[cell.direction].optional else FAILED), f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+        if unsupported is not None and re.search(unsupported, text):
+            return UNSUPPORTED, text
+        return (UNSUPPORTED if DIRECTIONS[cell.direction].optional and unsupported is None else FAILED), text
     except AssertionError as error:
         return FAILED, str(error) or "an assertion failed"
     except Exception as error:  # a fault of this package: it is shown with its place, not passed on
         frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-_SHOWN_FRAMES:])
         return FAILED, f"{type(error).__name__}, which is a fault: {error}\n" + "".join(frames).rstrip()
-    if expected is not None:
-        return FAILED, f"is declared as refused ({expected}), and works: take it off the declaration"
+    if refused or unsupported:
+        return FAILED, f"is declared as refused ({refused or unsupported}), and works: take it off the declaration"
     return PASSED, ""
 
 
 def _refused(reason: str, expected: str | None, declared: QATModel) -> tuple[str, str]:
     if declared.refused is None or (expected is not None and re.search(expected, reason)):
-        return INAPPLICABLE, f"the framework refuses: {reason}"
-    wanted = f"declared is {expected!r}" if expected else "no such refusal is declared"
-    return FAILED, f"the framework refuses: {reason}\n{wanted}"
+        return INAPPLICABLE, reason
+    return FAILED, f"{reason}\n{f'declared is {expected!r}' if expected else 'no such refusal is declared'}"

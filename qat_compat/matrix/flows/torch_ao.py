@@ -28,8 +28,9 @@ def eager(model: nn.Module, declared: QATModel, *, qconfig: Any) -> nn.Module:
     if fusions := declared.fusions(model):
         model = ao.fuse_modules_qat(model, fusions)
     model.qconfig = qconfig
-    for name in declared.skip:
-        model.get_submodule(name).qconfig = None  # type: ignore[assignment]
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    for module in (*embeddings, *map(model.get_submodule, declared.skip)):
+        module.qconfig = None  # type: ignore[assignment]
     prepared: nn.Module = ao.prepare_qat(model, inplace=True)
     return prepared
 

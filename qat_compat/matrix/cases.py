@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from qat_compat.matrix.containers import CONTAINERS
 from qat_compat.matrix.flows import Flow, NotApplicable
-from qat_compat.testing import QATModel, scramble
+from qat_compat.testing import QATModel, assert_same_state, scramble
 from qat_compat.testing.comparison import output_tensors
 
 __all__ = ["AXES", "DTYPES", "Case", "Cell", "Refused"]
@@ -144,6 +144,17 @@ class Case:
         model = self.prepared(model, flow)
         (flow or self.flow).calibrate(model, self.batches, self.inputs)
         return model
+
+    def repeatable(self) -> None:
+        """See that the framework's own result is the same twice, without which nothing can be told from it.
+
+        Raises:
+            Refused: It is not.
+        """
+        try:
+            assert_same_state(self.calibrated(), self.calibrated())
+        except AssertionError as error:
+            raise Refused(f"the framework's own calibration is not the same twice: {error}") from None
 
     @native
     def trained(self, model: nn.Module) -> nn.Module:

@@ -164,7 +164,7 @@ def _own_donor(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[st
     if chosen.get("direction") != "transfer" or not {"model", "flow"} <= set(chosen):
         return None
     donor = donor_of(flows[chosen["flow"]])
-    refused = _expected(models[chosen["model"]], donor.name, "load")
+    refused = declared_reason(models[chosen["model"]].refused, donor.name, "load")
     return "the flow of origin is refused, as declared" if refused else None
 
 

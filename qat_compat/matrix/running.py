@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +57,17 @@ def run_cell(cell: Cell, declared: QATModel, flow: Flow, folder: Path) -> Outcom
     started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        kind, reason = _judged(
-            lambda: DIRECTIONS[cell.direction].check(Case(cell, declared, flow, donor_of(flow), folder)), cell, declared
-        )
+        kind, reason = _judged(Case(cell, declared, flow, donor_of(flow), folder))
     reason = reason.replace(f"{folder}/", "").replace(str(folder), "the folder")
     return Outcome(kind, reason, time.perf_counter() - started)
 
 
-def _judged(check: Callable[[], None], cell: Cell, declared: QATModel) -> tuple[str, str]:
+def _judged(case: Case) -> tuple[str, str]:
+    cell, declared = case.cell, case.declared
     refused = declared_reason(declared.refused, cell.flow, cell.direction)
     unsupported = declared_reason(declared.unsupported, cell.flow, cell.direction)
     try:
-        check()
+        _check(case)
     except (NotApplicable, Refused) as error:
         return _refused(str(error), refused, declared)
     except CompatError as error:
@@ -85,6 +83,14 @@ def _judged(check: Callable[[], None], cell: Cell, declared: QATModel) -> tuple[
     if refused or unsupported:
         return FAILED, f"is declared as refused ({refused or unsupported}), and works: take it off the declaration"
     return PASSED, ""
+
+
+def _check(case: Case) -> None:
+    try:
+        DIRECTIONS[case.cell.direction].check(case)
+    except AssertionError:
+        case.repeatable()
+        raise
 
 
 def _refused(reason: str, expected: str | None, declared: QATModel) -> tuple[str, str]:

@@ -77,7 +77,9 @@ def test_one_test_per_cell_and_what_became_of_it(user: pytest.Pytester) -> None:
     reports = [f"--qat-matrix-report=out/matrix.{kind}" for kind in ("md", "html", "json")]
     result = run(user, "-rs", *reports)
     rows = cells(user, "out/matrix.json")
-    kinds = {name: {row["outcome"] for row in rows if row["model"] == name} for name in ("stem", "branches", "extended")}
+    kinds = {
+        name: {row["outcome"] for row in rows if row["model"] == name} for name in ("stem", "branches", "extended")
+    }
     assert kinds["branches"] == {"not applicable"}
     assert "failed" in kinds["extended"]
     assert kinds["stem"] >= {"passed"} and "failed" not in kinds["stem"]

@@ -7,15 +7,20 @@ from dataclasses import asdict
 from itertools import combinations, product
 
 import pytest
+from declared import DECLARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_models import MODELS
 
 from qat_compat.matrix.cases import AXES
 from qat_compat.matrix.design import Axes, covering, pairs, singles
 from qat_compat.matrix.planning import declared_reason, excluded, plan_matrix
+from qat_compat.testing import QATModel
 
 Pair = frozenset[tuple[str, str]]
+
+
+def _models() -> list[QATModel]:  # at the top level it would be collected
+    return list(DECLARED.values())
 
 
 def possible_pairs(axes: Axes, forbidden: Callable[[Mapping[str, str]], object]) -> set[Pair]:
@@ -29,20 +34,18 @@ def possible_pairs(axes: Axes, forbidden: Callable[[Mapping[str, str]], object])
 
 
 def test_full_covers_every_pair_that_can_occur(capsys: pytest.CaptureFixture[str]) -> None:
-    matrix = plan_matrix(MODELS, "full")
-    models = {model.name: model for model in MODELS}
+    matrix = plan_matrix(_models(), "full")
     held = {frozenset(pair) for cell in matrix.design.cells for pair in combinations(cell.items(), 2)}
-    possible = possible_pairs(matrix.design.axes, lambda cell: excluded(cell, models, matrix.flows))
+    possible = possible_pairs(matrix.design.axes, lambda cell: excluded(cell, DECLARED, matrix.flows))
     assert held == possible
-    assert not any(excluded(cell, models, matrix.flows) for cell in matrix.design.cells)
+    assert not any(excluded(cell, DECLARED, matrix.flows) for cell in matrix.design.cells)
     assert len(matrix.design.impossible) == len(list(pairs(matrix.design.axes))) - len(possible)
     with capsys.disabled():
         print(f"\nfull: {len(matrix.cells)} cells, {len(possible):,} pairs, {matrix.design.product:,} combinations")
 
 
 def test_small_has_every_flow_in_every_direction_and_every_value() -> None:
-    matrix = plan_matrix(MODELS, "small")
-    models = {model.name: model for model in MODELS}
+    matrix = plan_matrix(_models(), "small")
     axes = matrix.design.axes
     cells = [asdict(cell) for cell in matrix.cells]
     missing = {
@@ -53,13 +56,13 @@ def test_small_has_every_flow_in_every_direction_and_every_value() -> None:
     assert missing == {(flow, "converted") for flow in axes["flow"] if matrix.flows[flow].convert is None}
     for axis, values in axes.items():
         assert {cell[axis] for cell in cells} == set(values), axis
-    assert len(cells) < len(plan_matrix(MODELS, "full").cells) / 3
-    assert not any(excluded(cell, models, matrix.flows) for cell in cells)
+    assert len(cells) < len(plan_matrix(_models(), "full").cells) / 3
+    assert not any(excluded(cell, DECLARED, matrix.flows) for cell in cells)
 
 
 def test_every_declared_refusal_is_tried() -> None:
-    cells = plan_matrix(MODELS, "full").cells
-    for model in MODELS:
+    cells = plan_matrix(_models(), "full").cells
+    for model in DECLARED.values():
         for glob in [*(model.refused or {}), *model.unsupported]:
             tried = [c for c in cells if c.model == model.name and declared_reason({glob: "x"}, c.flow, c.direction)]
             assert tried, (model.name, glob)
@@ -90,4 +93,4 @@ def test_any_space_is_covered(space: tuple[Axes, set[Pair]]) -> None:
 
 
 def test_the_axes_of_a_cell_are_the_axes() -> None:
-    assert tuple(asdict(plan_matrix(MODELS[:1], "small").cells[0])) == AXES
+    assert tuple(asdict(plan_matrix(_models()[:1], "small").cells[0])) == AXES

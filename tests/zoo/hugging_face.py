@@ -69,7 +69,7 @@ def _gpt2() -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
     return T5ForConditionalGeneration(T5Config(vocab_size=40, use_cache=False, decoder_start_token_id=0, **sizes))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from qat_compat.matrix.flows.base import PER_CHANNEL, PER_GROUP, Flow, NotApplicable
-from qat_compat.testing import QATModel
+from qat_compat.testing import QATModel, native_calibration
+from qat_compat.testing.modes import DefaultInputs, Inputs, eval_form
 
 __all__ = ["FLOWS", "intx"]
 
@@ -93,6 +94,16 @@ def _convert(model: nn.Module, declared: QATModel, granularity: str, *, base: Ca
     return model
 
 
+def _calibrate_static(model: nn.Module, batches: Iterable[Any], inputs: Inputs | None) -> None:
+    """A static quantizer takes its range from the first batch; that it takes the others, too, is seen by trying."""
+    batches = list(batches)
+    native_calibration(model, batches, inputs)
+    with eval_form(model) as form, torch.no_grad():
+        for batch in batches[1:]:
+            args, kwargs = (inputs or DefaultInputs(model))(batch)
+            form(*args, **kwargs)
+
+
 def _of_base(name: str, base: Callable[..., Any]) -> Flow:
     prepare = {name: partial(_from_base, base=base, granularity=name) for name in (PER_GROUP, PER_CHANNEL)}
     return Flow(f"torchao-{name}", _TITLE, prepare, partial(_convert, base=base), _NEEDS)
@@ -102,7 +113,8 @@ def _of_options(name: str, granularities: tuple[str, ...], options: Mapping[str,
     prepare = {
         grain: partial(_from_intx, granularity=grain, activation=options, weight=options) for grain in granularities
     }
-    return Flow(f"torchao-{name}", _TITLE, prepare, needs=_NEEDS, hidden=not options.get("range_learning"))
+    hidden = not options.get("range_learning")
+    return Flow(f"torchao-{name}", _TITLE, prepare, needs=_NEEDS, calibrate=_calibrate_static, hidden=hidden)
 
 
 _TITLE, _NEEDS = "torchao QATConfig", ("torchao",)

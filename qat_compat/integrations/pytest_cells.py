@@ -15,7 +15,7 @@ import pytest
 from qat_compat.integrations.pytest_plugin import PROPERTY
 from qat_compat.matrix.cases import AXES, Cell
 from qat_compat.matrix.directions import DIRECTIONS
-from qat_compat.matrix.planning import Matrix, plan_matrix
+from qat_compat.matrix.planning import SIZES, Matrix, plan_matrix
 from qat_compat.matrix.report import brief
 from qat_compat.matrix.running import FAILED, INAPPLICABLE, UNSUPPORTED, run_cell
 from qat_compat.testing import QATModel
@@ -37,7 +37,7 @@ def nodes_of(
     if matrix is None:
         matrix = module.stash[_MATRIX] = _planned(module, list(dict.fromkeys(everything)))
     nodes = [ModelNode.from_parent(module, name=model.name, declared=model, matrix=matrix) for model in models]
-    return nodes, _described(matrix)
+    return nodes, {"covers": SIZES[module.config.getoption("qat_matrix")], **_described(matrix)}
 
 
 def _planned(module: pytest.Module, models: Sequence[QATModel]) -> Matrix:

@@ -81,6 +81,7 @@ def covering(axes: Axes, targets: Iterable[Target], excluded: Callable[[Chosen],
     """
     wanted = list(dict.fromkeys(targets))
     open_targets = dict.fromkeys(wanted)
+    sizes = sorted({len(target) for target in wanted})
     uses = dict.fromkeys((one for target in singles(axes) for one in target), 0)
     cells: list[Chosen] = []
     impossible: list[Target] = []
@@ -96,8 +97,9 @@ def covering(axes: Axes, targets: Iterable[Target], excluded: Callable[[Chosen],
         cells.append(cell)
         for value in cell.items():
             uses[value] += 1
-        for held in [*pairs({a: [v] for a, v in cell.items()}), *singles({a: [v] for a, v in cell.items()})]:
-            open_targets.pop(held, None)
+        for size in sizes:
+            for held in combinations(cell.items(), size):
+                open_targets.pop(held, None)
     gone = set(impossible)
     return Design(axes, tuple(cells), tuple(t for t in wanted if t not in gone), tuple(impossible))
 

@@ -42,7 +42,8 @@ def as_markdown(found: Mapping[str, Any]) -> str:
 def _size(found: Mapping[str, Any]) -> str:
     pairs = found["pairs"]
     return (
-        f"The {found['size']} matrix: {len(found['cells']):,} cells stand for {found['combinations']:,} combinations. "
+        f"The {found['size']} matrix: {len(found['cells']):,} cells stand for {found['combinations']:,} combinations: "
+        f"{found['covers']}. "
         f"{pairs['run']:,} pairs of values of two axes are in some cell, {pairs['passed']:,} of them in one "
         f"that passed; {found['impossible']:,} cannot occur."
     )

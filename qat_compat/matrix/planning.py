@@ -14,7 +14,7 @@ from torch import nn
 
 from qat_compat.matrix.cases import AXES, DTYPES, Cell
 from qat_compat.matrix.containers import CONTAINERS
-from qat_compat.matrix.design import Chosen, Design, Target, covering, pairs, singles
+from qat_compat.matrix.design import Axes, Chosen, Design, Target, covering, pairs, singles
 from qat_compat.matrix.directions import DIRECTIONS
 from qat_compat.matrix.flows import FLOWS, Flow
 from qat_compat.testing import QATModel
@@ -26,7 +26,7 @@ OWN = "own"  # granularity of a flow that a declaration brings along: it is what
 # size -> what its cells cover
 SIZES: Mapping[str, str] = {
     "small": "every flow in every direction, and every value of every axis",
-    "full": "every pair of values of two axes that can occur",
+    "full": "every pair of values of two axes that can occur, and a load of every model in every flow",
 }
 
 
@@ -86,6 +86,16 @@ def plan_matrix(models: Sequence[QATModel], size: str, only: Mapping[str, Sequen
     cells = [Cell(**chosen) for chosen in design.cells]
     cells += _probes(axes, declared, flows, size)
     return Matrix(tuple(dict.fromkeys(cells)), design, flows, absent)
+
+
+def _targets(axes: Axes, size: str) -> Iterator[Target]:
+    if size == "small":
+        yield from pairs(axes, ("flow", "direction"))
+        yield from singles(axes)
+        return
+    for model, flow in product(axes["model"], axes["flow"]) if "load" in axes["direction"] else ():
+        yield ("model", model), ("flow", flow), ("direction", "load")
+    yield from pairs(axes)
 
 
 def donor_of(flow: Flow) -> Flow:

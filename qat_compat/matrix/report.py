@@ -60,6 +60,7 @@ def results(rows: Sequence[Row], designs: Sequence[Mapping[str, Any]], size: str
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": _versions(),
         "size": size,
+        "covers": designs[0]["covers"] if designs else "",
         "axes": axes,
         "frameworks": frameworks,
         "directions": directions,
@@ -100,7 +101,7 @@ def summary(found: Results) -> Iterator[str]:
     ran = len(found["cells"])
     of = "" if ran == found["planned"] else f" of {found['planned']:,}"
     yield (
-        f"{found['size']}: {ran:,}{of} cells for {found['combinations']:,} combinations; "
+        f"{found['size']}: {ran:,}{of} cells for {found['combinations']:,} combinations ({found['covers']}); "
         f"{found['pairs']['passed']:,} of {found['pairs']['run']:,} pairs of values are in a cell that passed"
     )
     yield ", ".join(f"{count:,} {kind}" for kind, count in found["counts"].items() if count)

@@ -33,13 +33,18 @@ def possible_pairs(axes: Axes, forbidden: Callable[[Mapping[str, str]], object])
     return found
 
 
-def test_full_covers_every_pair_that_can_occur(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_covers_every_pair_that_can_occur_and_every_load(capsys: pytest.CaptureFixture[str]) -> None:
     matrix = plan_matrix(_models(), "full")
     held = {frozenset(pair) for cell in matrix.design.cells for pair in combinations(cell.items(), 2)}
     possible = possible_pairs(matrix.design.axes, lambda cell: excluded(cell, DECLARED, matrix.flows))
     assert held == possible
     assert not any(excluded(cell, DECLARED, matrix.flows) for cell in matrix.design.cells)
-    assert len(matrix.design.impossible) == len(list(pairs(matrix.design.axes))) - len(possible)
+    loads = {(cell.model, cell.flow) for cell in matrix.cells if cell.direction == "load"}
+    assert loads >= {
+        (model, flow)
+        for model, flow in product(DECLARED, matrix.flows)
+        if not excluded({"model": model, "flow": flow, "direction": "load"}, DECLARED, matrix.flows)
+    }
     with capsys.disabled():
         print(f"\nfull: {len(matrix.cells)} cells, {len(possible):,} pairs, {matrix.design.product:,} combinations")
 

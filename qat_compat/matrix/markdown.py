@@ -45,7 +45,7 @@ def _size(found: Mapping[str, Any]) -> str:
         f"The {found['size']} matrix: {len(found['cells']):,} cells stand for {found['combinations']:,} combinations: "
         f"{found['covers']}. "
         f"{pairs['run']:,} pairs of values of two axes are in some cell, {pairs['passed']:,} of them in one "
-        f"that passed; {found['impossible']:,} cannot occur."
+        f"that passed; {found['impossible']:,} of those wanted cannot occur."
     )
 
 

@@ -37,8 +37,8 @@ def _size(found: Mapping[str, Any]) -> str:
     pairs = found["pairs"]
     return (
         f"{len(found['cells']):,} cells of the {escape(found['size'])} matrix stand for {found['combinations']:,} "
-        f"combinations: {escape(found['covers'])}. {pairs['run']:,} pairs of values of two axes are in some cell, {pairs['passed']:,} of them in "
-        f"one that passed; {found['impossible']:,} pairs cannot occur."
+        f"combinations: {escape(found['covers'])}. {pairs['run']:,} pairs of values of two axes are in some cell, "
+        f"{pairs['passed']:,} of them in one that passed; {found['impossible']:,} of those wanted cannot occur."
     )
 
 

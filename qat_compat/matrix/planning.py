@@ -77,9 +77,8 @@ def plan_matrix(models: Sequence[QATModel], size: str, only: Mapping[str, Sequen
     absent |= {} if torch.cuda.is_available() else {"cuda": "no such device here"}
     globs = only or {}
     axes = {axis: [value for value in here[axis] if _matches(value, globs.get(axis, ("*",)))] for axis in AXES}
-    wanted: list[Target] = [*pairs(axes, ("flow", "direction")), *singles(axes)] if size == "small" else [*pairs(axes)]
     design = (
-        covering(axes, wanted, partial(excluded, models=declared, flows=flows))
+        covering(axes, _targets(axes, size), partial(excluded, models=declared, flows=flows))
         if all(axes.values())
         else Design(axes, (), (), ())
     )

@@ -39,11 +39,12 @@ from qat_compat.options import (
 from qat_compat.plan import Keep, Plan, Synthesize
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
-from qat_compat.schema import Role, Schema
+from qat_compat.schema import Role, Schema, Stage
 from qat_compat.source import Source, SourceLike, hidden_state, open_any
 from qat_compat.staging import Reading
 from qat_compat.storage import Checkpoint, save
-from qat_compat.text import collapse, shorten
+from qat_compat.text import collapse, counted, shorten
+from qat_compat.unfold import norm_eps, unfold
 
 __all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
 
@@ -94,12 +95,14 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
     values = {key: source.read(key) for key, entry in source.schema.items() if entry.role is Role.EXTRA}
     extra = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
     if source.description is None:
-        record: dict[str, Any] = {**about.record, **({"extra_state": extra} if extra else {})}
+        attributes = {"attributes": about.attributes} if about.attributes else {}
+        record: dict[str, Any] = {**about.record, **attributes, **({"extra_state": extra} if extra else {})}
         tensors = {key: about[key] for key in about if key not in extra} if extra else about
         return save(tensors, path, versions=about.versions or None, record=record or None, backup=backup)
     hidden = hidden_state(source.description)
     record = {
         "framework": source.schema.framework,
+        "stage": source.schema.stage.value,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
         **({"hidden": hidden} if hidden else {}),
         **({"extra_state": extra} if extra else {}),
@@ -248,7 +251,8 @@ def _raise_problems(plan: Plan) -> None:
     if all(problem.kind is ProblemKind.UNCALIBRATED for problem in plan.problems):
         names = [problem.key for problem in plan.problems]
         raise CalibrationError(
-            f"{len(names)} activation quantizer(s) have no range: the source does not hold one and no data was given",
+            f"no range for {counted(len(names), 'activation quantizer')}: the source does not hold one and no data was"
+            " given",
             file=plan.source,
             key=", ".join(shorten(collapse(names), 12)),
             remedy="pass calibration=batches, or calibration='defer' to leave them to the first training batches",
@@ -263,7 +267,10 @@ def _prepare(model: nn.Module, source: SourceLike, options: Options, *, dry: boo
     data, saved, kind = calibration_of(options.calibration)
     kept, ignored = without(opened.schema, globs_of(options.drop))
     target = _with_float_model(description.schema, options.float_model)
-    found, data = _matched(opened, kept, target, description, data, options, dry)
+    found, evidence, data = _matched(opened, kept, target, description, data, options, dry)
+    norms = norm_eps([m for m in (model, options.float_model) if m is not None])
+    kept = unfold(kept, target, found, evidence, norms)
+    opened = replace(opened, schema=kept)
     recorded = {key: tuple(value.shape) for key, value in saved.tensors.items()} if saved is not None else {}
     goal = Goal(globs_of(options.keep), kind, recorded)
     plan = join(
@@ -290,7 +297,7 @@ def _matched(
     data: Data | None,
     options: Options,
     dry: bool,
-) -> tuple[Match, Data | None]:
+) -> tuple[Match, list[Evidence], Data | None]:
     """Pair the names, asking the data only what nothing else could tell; the data still begins with its first batch.
 
     A dry run takes no batch from an iterator and reads no tensor.
@@ -298,16 +305,16 @@ def _matched(
     evidence: list[Evidence] = []
     if options.float_model is not None:
         evidence.append(from_float_model(options.float_model))
-    elif not description.quantizers and source.fused:
+    elif not description.quantizers and (source.fused or source.stage is Stage.FOLDED):
         evidence.append(from_float_model(description.view.model))
     found = match(source, target, rename=options.rename, evidence=evidence)
     if not (found.options and target.fused) or data is None or callable(data):
-        return found, data
+        return found, evidence, data
     if dry and isinstance(data, Iterator):
-        return found, data
+        return found, evidence, data
     batch, data = _peek(data)
     if batch is None:
-        return found, data
+        return found, evidence, data
     if found.problems:
         evidence += from_forward(description, options.float_model, batch, options.inputs)
         found = match(source, target, rename=options.rename, evidence=evidence)
@@ -318,7 +325,7 @@ def _matched(
             found = match(source, target, rename=options.rename, evidence=[*evidence, seen])
         hosts = {one.prefix: one.host for one in target.fused}
         found.problems += contradictions(seen, guessed, hosts)
-    return found, data
+    return found, evidence, data
 
 
 def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -22,6 +22,7 @@ from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.staging import Reading, Staged, stage
 from qat_compat.state import split_path
+from qat_compat.text import counted
 from qat_compat.transaction import Transaction
 
 __all__ = ["Driving", "Outcome", "apply"]
@@ -108,7 +109,7 @@ def _chosen(plan: Plan, description: Description) -> tuple[list[Quantizer], list
     for step in plan.steps:
         if isinstance(step, Synthesize):
             how[step.quantizer] = step.how
-        elif isinstance(step, Derive):
+        elif isinstance(step, Derive) and not step.value:
             derived.add(description.schema[step.key].quantizer)
     every = description.quantizers
     return (
@@ -142,7 +143,9 @@ def _written(plan: Plan, description: Description) -> set[str]:
     """First keys of the slots whose value the quantizers computed."""
     slots = description.view.slots
     keys = {
-        s.key for s in plan.steps if isinstance(s, Derive) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
+        s.key
+        for s in plan.steps
+        if (isinstance(s, Derive) and not s.value) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
     }
     return {slots[key].key for key in keys if key in slots}
 
@@ -159,7 +162,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     if problems:
         first = problems[0]
         raise QParamError(
-            f"{len(problems)} quantizer value(s) cannot be used: {first.detail}",
+            f"{counted(len(problems), 'quantizer value')} cannot be used: {first.detail}",
             file=plan.source,
             key=", ".join(p.key for p in problems[:8]),
             expected="finite, positive scales and zero points within the quantizer's range",

@@ -32,7 +32,7 @@ from qat_compat.names import canonical
 from qat_compat.report import fit, write_page
 from qat_compat.schema import Spec, Stage
 from qat_compat.storage import Checkpoint
-from qat_compat.text import collapse
+from qat_compat.text import collapse, counted
 
 __all__ = ["main"]
 
@@ -230,7 +230,7 @@ def _to_float(arguments: argparse.Namespace) -> int:
     console = _console()
     for note in checkpoint.notes:
         console.print(fit(f"note: {note}", console.width), soft_wrap=True)
-    console.print(f"{arguments.out}: {_count(len(checkpoint), 'float tensor')}, {_size(_bytes(checkpoint))}")
+    console.print(f"{arguments.out}: {counted(len(checkpoint), 'float tensor')}, {_size(_bytes(checkpoint))}")
     return 0
 
 
@@ -265,10 +265,10 @@ def _diff(arguments: argparse.Namespace) -> int:
     for (name, _), keys in groups.items():
         counts[name] += len(keys)
     alike = len(common) - counts["spec"] - counts["values"]
-    total = f"of {_count(len(common), 'key')} in common, {alike:,} {'is' if alike == 1 else 'are'} alike"
+    total = f"of {counted(len(common), 'key')} in common, {alike:,} {'is' if alike == 1 else 'are'} alike"
     if not groups:
         what = "keys, shapes, dtypes and values" if arguments.values else "keys, shapes and dtypes"
-        console.print(f"A and B have the same {what}: {_count(len(common), 'float tensor')}")
+        console.print(f"A and B have the same {what}: {counted(len(common), 'float tensor')}")
         return 0
     console.print(f"A and B differ: {', '.join(f'{count} {name}' for name, count in counts.items())}; {total}")
     return 1
@@ -334,7 +334,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         write_page(plan, arguments.html)
     if plan.ok:
         return 0
-    console.print(f"this cannot be loaded: {_count(len(plan.problems), 'problem')}", style="bold red")
+    console.print(f"this cannot be loaded: {counted(len(plan.problems), 'problem')}", style="bold red")
     return 1
 
 
@@ -372,10 +372,6 @@ def _made_by(factory: str) -> nn.Module:
             "the factory returned no model", key=factory, expected="an nn.Module", found=type(model).__name__
         )
     return model
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":

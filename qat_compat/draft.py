@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qat_compat.errors import Problem, ProblemKind
-from qat_compat.plan import Copy, Drop, Step
+from qat_compat.plan import Copy, Derive, Drop, Step
 from qat_compat.schema import Schema
 
 __all__ = ["Draft", "Goal"]
@@ -45,5 +45,11 @@ class Draft:
         self.problems.append(Problem(kind, key, detail, remedy))
 
     def copy(self, key: str, source: str, witness: str) -> None:
-        self.steps[key] = Copy(key, source, witness)
+        """Take a source tensor as it is, or as its recipe gives it."""
+        recipe = self.source.recipes.get(source)
+        if recipe is None:
+            self.steps[key] = Copy(key, source, witness)
+        else:
+            self.steps[key] = Derive(key, recipe.sources, recipe.how, source)
+            self.used.update(recipe.sources)
         self.used.add(source)

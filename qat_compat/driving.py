@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat_compat.errors import CalibrationError
 from qat_compat.frameworks import Description, Needs, Quantizer
 from qat_compat.qparams import RangeHistogram, choose_range
-from qat_compat.text import collapse, shorten
+from qat_compat.text import collapse, counted, shorten
 
 __all__ = ["Data", "Inputs", "drive", "observe_weights", "run_once"]
 
@@ -164,7 +164,7 @@ def drive(
     rigid = [q.name for q in chosen if statistic != "native" and q.needs is Needs.DATA and not q.takes_range()]
     if rigid:
         raise CalibrationError(
-            f"{len(rigid)} quantizer(s) choose their own range",
+            f"no statistic can be chosen for {counted(len(rigid), 'quantizer')}",
             key=", ".join(shorten(collapse(rigid), 4)),
             expected="statistic='native'",
             found=f"statistic={statistic!r}",
@@ -257,7 +257,7 @@ def _check_finite(chosen: Sequence[Quantizer], seen: set[str], number: int | Non
 def _not_finite(names: Sequence[str], number: int | None) -> CalibrationError:
     where = "" if number is None else f" in calibration batch {number}"
     return CalibrationError(
-        f"NaN or inf reached {len(set(names))} quantizer(s){where}",
+        f"NaN or inf reached {counted(len(set(names)), 'quantizer')}{where}",
         key=names[0],
         expected="finite values",
         found="NaN or inf in the observed range",
@@ -269,7 +269,7 @@ def _require_seen(chosen: Sequence[Quantizer], seen: set[str]) -> None:
     idle = [q.name for q in chosen if q.needs is Needs.DATA and q.name not in seen]
     if idle:
         raise CalibrationError(
-            f"{len(idle)} quantizer(s) never ran on the calibration data",
+            f"{counted(len(idle), 'quantizer')} never ran on the calibration data",
             key=", ".join(shorten(collapse(idle), 8)),
             expected="every quantizer sees at least one tensor",
             remedy="add batches that reach them, or leave them to training with calibration='defer'",

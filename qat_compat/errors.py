@@ -6,9 +6,12 @@ Every failure that a caller can meet is a :class:`CompatError`. It carries data 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from qat_compat.text import collapse, counted, shorten
 
 __all__ = [
     "CalibrationError",
@@ -21,9 +24,14 @@ __all__ = [
     "QParamError",
     "SaveError",
     "UnsafeCheckpointError",
+    "problem_lines",
 ]
 
 _SHOWN_PROBLEMS = 40
+_ALIKE = 3  # so many like problems, and more, are told as one
+_SHOWN_NAMES = 8
+# What varies in the text of like problems: shapes, sites, names and numbers.
+_VARYING = re.compile(r"\w+\[[^\]]*\]|\w+:\w+(?:\.\w+)*|\w+(?:\.\w+)+|\d+")
 
 
 class CompatError(Exception):
@@ -131,9 +139,13 @@ class Problem:
     detail: str
     remedy: str = ""
 
+    @property
+    def text(self) -> str:
+        """What is wrong, and the next step."""
+        return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
+
     def __str__(self) -> str:
-        tail = f"; {self.remedy}" if self.remedy else ""
-        return f"{self.kind.value:<12} {self.key}: {self.detail}{tail}"
+        return f"{self.kind.value:<12} {self.key}: {self.text}"
 
 
 class PlanError(CompatError):
@@ -147,12 +159,43 @@ class PlanError(CompatError):
 
     def __init__(self, problems: Sequence[Problem], *, file: object | None = None, summary: str | None = None) -> None:
         self.problems: tuple[Problem, ...] = tuple(sorted(problems, key=lambda p: (p.kind.value, p.key, p.detail)))
-        count = len(self.problems)
-        noun = "problem" if count == 1 else "problems"
-        super().__init__(summary or f"source and target cannot be joined: {count} {noun}", file=file)
+        number = counted(len(self.problems), "problem")
+        super().__init__(summary or f"source and target cannot be joined: {number}", file=file)
 
     def __str__(self) -> str:
-        shown = [f"  {problem}" for problem in self.problems[:_SHOWN_PROBLEMS]]
-        if len(self.problems) > _SHOWN_PROBLEMS:
-            shown.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more, all in `.problems`")
-        return "\n".join([super().__str__(), *shown])
+        return "\n".join([super().__str__(), *(f"  {line}" for line in problem_lines(self.problems))])
+
+
+def problem_lines(problems: Sequence[Problem], limit: int = _SHOWN_PROBLEMS) -> list[str]:
+    """Problems as text: those that differ only in names, shapes and numbers are told once, with all their keys.
+
+    Example:
+        >>> gone = [Problem(ProblemKind.MISSING, f"model.{i}.bn.weight", "not in the file") for i in range(8)]
+        >>> print(*problem_lines([Problem(ProblemKind.MISMATCHED, "fc.bias", "of another size"), *gone]), sep="\\n")
+        mismatched   fc.bias: of another size
+        missing      8 keys, such as model.0.bn.weight: not in the file
+                         model.{0...7}.bn.weight
+    """
+    groups: dict[tuple[object, ...], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(_form(problem), []).append(problem)
+    told = [[one] for group in groups.values() if len(group) < _ALIKE for one in group]
+    told += [group for group in groups.values() if len(group) >= _ALIKE]
+    place = {id(problem): index for index, problem in enumerate(problems)}
+    told.sort(key=lambda group: place[id(group[0])])
+    lines: list[str] = []
+    for group in told[:limit]:
+        first = group[0]
+        head = f"{counted(len(group), 'key')}, such as " if len(group) > 1 else ""
+        lines.append(f"{first.kind.value:<12} {head}{first.key}: {first.text}")
+        if len(group) > 1:
+            lines += [f"{'':<17}{name}" for name in shorten(collapse(one.key for one in group), _SHOWN_NAMES)]
+    if more := sum(map(len, told[limit:])):
+        lines.append(f"... and {more} more, all in `.problems`")
+    return lines
+
+
+def _form(problem: Problem) -> tuple[object, ...]:
+    """Equal for problems whose texts differ in names, shapes and numbers alone."""
+    own = re.compile(rf"(?<![\w.]){re.escape(problem.key)}(?![\w.])")
+    return problem.kind, *(_VARYING.sub("", own.sub("", text)) for text in (problem.detail, problem.remedy))

@@ -14,16 +14,17 @@ from qat_compat.casting import cast_loss
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
 from qat_compat.evidence import from_float_model
 from qat_compat.frameworks.base import plain_entry
-from qat_compat.join import join
+from qat_compat.join import doubts, join
 from qat_compat.match import match
 from qat_compat.names import is_positional
 from qat_compat.norms import Evidence, resolve_alone
-from qat_compat.plan import Copy, Keep
+from qat_compat.plan import Copy, Derive, Keep
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.state import join_path, split_path
 from qat_compat.storage import Checkpoint
-from qat_compat.text import collapse, shorten
+from qat_compat.text import collapse, counted, shorten
+from qat_compat.unfold import norm_eps, unfold
 
 __all__ = ["float_names", "to_float"]
 
@@ -67,18 +68,8 @@ def to_float(
         CheckpointError: The source cannot be read.
     """
     opened = open_any(source, select=select)
-    if opened.schema.stage is Stage.CONVERTED:
-        raise PlanError(
-            [
-                Problem(
-                    ProblemKind.MISMATCHED,
-                    opened.checkpoint.name,
-                    "a converted (integer) checkpoint cannot be read back to float",
-                    "pass the QAT checkpoint that it was converted from",
-                )
-            ]
-        )
-    layout = _layout_of(opened, like) if like is not None else _own_layout(opened)
+    opened = _decoded(opened)
+    opened, layout = _layout_of(opened, like) if like is not None else (opened, _own_layout(opened))
     read = _reader(opened, weights)
     specs: dict[str, Spec] = {}
     for name, key in layout.names.items():
@@ -108,7 +99,10 @@ def to_float(
         metadata=opened.checkpoint.metadata,
         notes=(*opened.checkpoint.notes, *layout.notes),
     )
-    result.framework, result.stage = "plain", Stage.FLOAT.value
+    stage = Stage.FOLDED if like is None and _is_folded(opened.schema) else Stage.FLOAT
+    result.framework, result.stage = "plain", stage.value
+    if stage is Stage.FOLDED:
+        result.record = {"stage": stage.value}
     return result
 
 
@@ -135,6 +129,7 @@ class _Layout:
 def _own_layout(source: Source) -> _Layout:
     """The names that the source itself tells, in the order of the float model as far as the source knows it."""
     sites, problems, notes = float_names(source)
+    problems += doubts(source.schema, sites)
     if problems:
         raise PlanError(
             problems, file=source.checkpoint.name, summary="the float names cannot be known from the source alone"
@@ -145,7 +140,36 @@ def _own_layout(source: Source) -> _Layout:
         parent = split_path(site)[0]
         first.setdefault(parent, position.get(parent, position.get(split_path(key)[0], len(position))))
     ordered = sorted(sites, key=lambda key: first[split_path(sites[key])[0]])
+    if _is_folded(source.schema):
+        notes = [*notes, "normalizations, where there were any, are folded into convolutions; like= writes them back"]
     return _Layout({sites[key]: key for key in ordered}, notes=tuple(notes))
+
+
+def _is_folded(schema: Schema) -> bool:
+    """Whether normalizations may be gone; a network without convolutions has none that could be folded."""
+    return schema.stage is Stage.FOLDED and (
+        not schema.recipes or any(len(schema[key].shape) > 2 for key in schema.recipes if key.endswith("weight"))
+    )
+
+
+def _decoded(source: Source) -> Source:
+    """A converted source as the float tensors that can be computed from it, with its normalizations folded."""
+    if source.schema.stage is not Stage.CONVERTED:
+        return source
+    if left := source.schema.undecoded():
+        raise PlanError(
+            [
+                Problem(
+                    ProblemKind.MISMATCHED,
+                    ", ".join(shorten(collapse(left), 4)),
+                    f"{counted(len(left), 'tensor')} of a converted checkpoint ({source.schema.framework}) cannot be"
+                    " read back to float",
+                    "pass the QAT checkpoint that it was converted from",
+                )
+            ],
+            file=source.checkpoint.name,
+        )
+    return replace(source, schema=replace(source.schema, stage=Stage.FOLDED))
 
 
 def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str]]:
@@ -169,10 +193,12 @@ def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str
     return sites, problems, found.notes
 
 
-def _layout_of(source: Source, like: Like) -> _Layout:
-    """The layout of `like`, filled from the source."""
+def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
+    """The layout of `like`, and the source with all that it takes to fill it."""
     side, evidence = _like_source(like)
     found = match(source.schema, side.schema, evidence=evidence)
+    norms = norm_eps([like] if isinstance(like, nn.Module) else [])
+    source = replace(source, schema=unfold(source.schema, side.schema, found, evidence, norms))
     plan = join(
         source.schema,
         side.schema,
@@ -197,6 +223,8 @@ def _layout_of(source: Source, like: Like) -> _Layout:
     for step in plan.steps:
         if isinstance(step, Copy):
             names[step.key] = step.source
+        elif isinstance(step, Derive):
+            names[step.key] = step.value
         elif isinstance(step, Keep):
             names[step.key] = None
             absent.append(step.key)
@@ -204,8 +232,8 @@ def _layout_of(source: Source, like: Like) -> _Layout:
     notes = tuple(f"{key} is not in the source: taken from like=, or 0" for key in shorten(collapse(absent), 4))
     notes += captured
     if only_names:
-        return _Layout(names, notes=notes)
-    return _Layout(names, {key: side.schema[key].dtype for key in names}, side.checkpoint, notes)
+        return source, _Layout(names, notes=notes)
+    return source, _Layout(names, {key: side.schema[key].dtype for key in names}, side.checkpoint, notes)
 
 
 def _ties(checkpoint: Checkpoint) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -16,7 +16,7 @@ from qat_compat.plan import Copy, Drop, Keep, Plan, sorted_problems
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, split_path
 
-__all__ = ["Goal", "join", "without"]
+__all__ = ["Goal", "doubts", "join", "without"]
 
 
 def join(
@@ -49,12 +49,13 @@ def join(
     draft = Draft(source, target, goal or Goal())
     draft.problems += found.problems
     draft.warnings += found.notes
-    if Stage.CONVERTED in (source.stage, target.stage):
-        draft.problems[:] = [_converted(source, target, names)]
-        return Plan((), tuple(draft.problems), (), *names)
+    refused = _converted(source, target, names)
+    if refused is not None:
+        return Plan((), (refused,), (), *names)
     for key in ignored:
         draft.dropped[key] = Drop(key, "asked for by drop=")
     _float_entries(draft, found, ties or {})
+    draft.problems += doubts(source, [origin for origin, _ in found.pairs.values()])
     _stale_fusions(draft, ignored)
     quantizer_entries(draft, quantizers, found)
     _leftovers(draft, found, alias, unused)
@@ -67,14 +68,26 @@ def join(
     )
 
 
-def _converted(source: Schema, target: Schema, names: tuple[str, str]) -> Problem:
-    if source.stage is Stage.CONVERTED:
-        what = f"the source is a converted (integer) checkpoint ({source.framework})"
-        remedy = "pass the float or QAT checkpoint that it was converted from"
-    else:
-        what = f"the target is a converted (integer) model ({target.framework})"
+def _converted(source: Schema, target: Schema, names: tuple[str, str]) -> Problem | None:
+    """Integers are never taken for float weights unasked, nor is a model of integers filled with them."""
+    if target.stage is Stage.CONVERTED:
+        detail = f"the target is a converted (integer) model ({target.framework}), which holds no weights to train"
         remedy = "load into the float or prepared model, and convert that"
-    return Problem(ProblemKind.MISMATCHED, names[0], f"{what}, which holds no weights to train", remedy)
+        return Problem(ProblemKind.MISMATCHED, names[1], detail, remedy)
+    if source.stage is Stage.CONVERTED:
+        detail = f"the source is a converted (integer) checkpoint ({source.framework}), which holds rounded weights"
+        remedy = "pass the float or QAT checkpoint that it was converted from, or to_float(source) to dequantize it"
+        return Problem(ProblemKind.MISMATCHED, names[0], detail, remedy)
+    return None
+
+
+def doubts(source: Schema, taken: Iterable[str]) -> Iterator[Problem]:
+    """What would be taken and may be out of use."""
+    remedy = "pass the float model (float_model=, or like= of to_float), or the converted module instead of its file"
+    for key in taken:
+        if key in source.doubtful:
+            detail = "it may be folded into a convolution and out of use, which the file does not tell"
+            yield Problem(ProblemKind.AMBIGUOUS, key, detail, remedy)
 
 
 def _matches(globs: Iterable[str], *names: str) -> bool:

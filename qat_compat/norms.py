@@ -15,6 +15,7 @@ from qat_compat.errors import Problem, ProblemKind
 from qat_compat.names import canonical_path, conventional, either, skeleton
 from qat_compat.schema import UNKNOWN, Fused, Schema, Spec
 from qat_compat.state import join_path, split_path
+from qat_compat.text import counted
 
 __all__ = ["Evidence", "Match", "choose", "resolve_alone"]
 
@@ -195,7 +196,7 @@ def _by_convention(
         chosen.update({prefix: (path, "naming convention") for prefix, path in settled.items()})
         prefix, path = next(iter(settled.items()))
         notes.append(
-            f"{len(settled)} fused normalization(s) are named by convention alone ({prefix} is {path}, ...);"
+            f"named by convention alone: {counted(len(settled), 'fused normalization')} ({prefix} is {path}, ...);"
             " a float model (float_model=, like=) would make it sure"
         )
 

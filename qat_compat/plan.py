@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from qat_compat.errors import Problem
+from qat_compat.errors import Problem, problem_lines
 from qat_compat.text import collapse, shorten
 
 __all__ = ["Copy", "Derive", "Drop", "How", "Keep", "Plan", "Step", "Synthesize"]
@@ -37,11 +37,12 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Derive:
-    """Computed from source tensors."""
+    """Computed from source tensors: by the recipe of the source's key `value`, or, without one, by the quantizer."""
 
     key: str
     sources: tuple[str, ...]
     how: str
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ def body(plan: Plan, *, lines_per_group: int = 8) -> list[str]:
         lines.append(f"  {kind:<10} {len(keys):>4}  {reason}{example}")
         lines += [f"{'':<20}{name}" for name in shorten(collapse(keys), lines_per_group)]
     lines += [f"  warning: {text}" for text in shorten(plan.warnings, 12)]
-    lines += [f"  problem: {text}" for text in shorten([str(p) for p in plan.problems], 24)]
+    lines += [f"  {'' if text.startswith(' ') else 'problem: '}{text}" for text in problem_lines(plan.problems, 24)]
     return lines
 
 

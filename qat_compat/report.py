@@ -13,7 +13,7 @@ from typing import Any
 
 from qat_compat.errors import Problem, SaveError
 from qat_compat.plan import Plan, Step, body, grouped, reason_of
-from qat_compat.text import collapse
+from qat_compat.text import collapse, counted
 
 __all__ = ["Report", "fit", "write_page"]
 
@@ -103,7 +103,7 @@ class Report:
         return "; ".join([*parts, *self._circumstances()])
 
     def _circumstances(self) -> list[str]:
-        batches = [f"{self.batches} calibration batch{'' if self.batches == 1 else 'es'}"] if self.batches else []
+        batches = [counted(self.batches, "calibration batch")] if self.batches else []
         return [*batches, f"{self.seconds:.2f} s"]
 
     def __str__(self) -> str:

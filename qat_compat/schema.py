@@ -6,14 +6,15 @@ that matching and planning ever see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["UNKNOWN", "Entry", "Fused", "Role", "Schema", "Spec", "Stage"]
+__all__ = ["UNKNOWN", "Entry", "Fused", "Recipe", "Role", "Schema", "Spec", "Stage"]
 
 
 UNKNOWN = (-1,)
@@ -59,7 +60,16 @@ class Role(Enum):
 
 
 class Stage(Enum):
-    """How far along the way from float to integer a set of tensors is."""
+    """How far along the way from float to integer a set of tensors is.
+
+    It is read off the keys, unless :func:`qat_compat.save_checkpoint` wrote it down. Two stages leave no trace in the
+    keys, so that only such a file, or the module itself, can tell them:
+
+    * a model whose quantizers are all dynamic (torchao's `QATConfig` by default) has the keys of the float model: its
+      bare state_dict is FLOAT;
+    * where batch normalization was folded into the weights, a layer looks like one that never had any: FOLDED is only
+      ever said of what this package folded.
+    """
 
     FLOAT = "float"
     FOLDED = "folded"
@@ -121,6 +131,27 @@ class Fused:
     certain: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a tensor that a checkpoint does not hold as such is computed from those that it holds.
+
+    Example:
+        >>> import torch
+        >>> recipe = Recipe(("fc.qweight", "fc.scale"), "integers times their scale", lambda q, scale: q * scale)
+        >>> recipe.compute(torch.tensor([2, -1]), torch.tensor(0.5))
+        tensor([ 1.0000, -0.5000])
+
+    Args:
+        sources: Keys of the checkpoint, in the order in which `compute` takes their tensors.
+        how: The computation in words, for the report.
+        compute: The computation.
+    """
+
+    sources: tuple[str, ...]
+    how: str
+    compute: Callable[..., Tensor]
+
+
 @dataclass(frozen=True)
 class Schema(Mapping[str, Entry]):
     """Meaning of every key of one model or checkpoint, in its own order.
@@ -140,6 +171,9 @@ class Schema(Mapping[str, Entry]):
         places: Modules that exist without tensors (an `nn.Identity` left behind by fusion, say), if that is known.
         non_persistent: Buffers of the model that its state_dict does not hold.
         recorded: Whether the sites were written down by a system that knew them, rather than read off the keys.
+        recipes: Key -> how its tensor is computed; such a key stands for a tensor that the checkpoint holds in
+            another form.
+        doubtful: Keys whose tensors may be out of use, which only the model that wrote them tells.
     """
 
     entries: Mapping[str, Entry]
@@ -149,6 +183,8 @@ class Schema(Mapping[str, Entry]):
     places: frozenset[str] = frozenset()
     non_persistent: frozenset[str] = frozenset()
     recorded: bool = False
+    recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
+    doubtful: frozenset[str] = frozenset()
     _by_quantizer: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, key: str) -> Entry:
@@ -171,3 +207,8 @@ class Schema(Mapping[str, Entry]):
                 if entry.quantizer:
                     self._by_quantizer.setdefault(entry.quantizer, []).append(key)
         return self._by_quantizer
+
+    def undecoded(self) -> list[str]:
+        """Keys of integers from which no float tensor can be computed."""
+        used = {key for recipe in self.recipes.values() for key in recipe.sources}
+        return [key for key, entry in self.entries.items() if entry.role is Role.PACKED and key not in used]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat.errors import CompatError
+from qat_compat.errors import CheckpointError, CompatError
 from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
@@ -30,7 +30,11 @@ class Source:
     description: Description | None = None
 
     def read(self, key: str) -> Tensor:
-        """One tensor, also of the state that no state_dict holds and that our own files carry beside it."""
+        """One tensor: as it is held, or as its recipe gives it, or what no state_dict holds and our own files do."""
+        recipe = self.schema.recipes.get(key)
+        if recipe is not None:
+            with torch.no_grad():
+                return recipe.compute(*(self.checkpoint[name] for name in recipe.sources))
         if key in self.checkpoint:
             return self.checkpoint[key]
         beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
@@ -39,11 +43,13 @@ class Source:
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""
-        return self.checkpoint.spec(key) if key in self.checkpoint else self.schema[key].spec
+        held = key in self.checkpoint and key not in self.schema.recipes
+        return self.checkpoint.spec(key) if held else self.schema[key].spec
 
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor; None where that is not known."""
-        return self.checkpoint.alias(key) if key in self.checkpoint else None
+        held = key in self.checkpoint and key not in self.schema.recipes
+        return self.checkpoint.alias(key) if held else None
 
     @property
     def module_order(self) -> list[str]:
@@ -72,17 +78,15 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
             expected="a path, a state_dict, an opened checkpoint or a module",
             found=type(source).__name__,
         )
-    checkpoint = open_source(source, select=select)
+    return _described(open_source(source, select=select))
+
+
+def _described(checkpoint: Checkpoint) -> Source:
     specs = {key: checkpoint.spec(key) for key in checkpoint}
     hidden = checkpoint.record.get("hidden")
     if isinstance(hidden, Mapping):
         specs |= {key: Spec(tuple(value.shape), value.dtype) for key, value in hidden.items() if key not in specs}
-    schema = describe_keys(KeyView(specs, checkpoint.versions, checkpoint.record))
-    if isinstance(source, Mapping) and not isinstance(source, Checkpoint) and _holds_subclasses(checkpoint):
-        schema = replace(schema, framework="torchao", stage=Stage.CONVERTED)
-    sites = checkpoint.record.get("sites")
-    if isinstance(sites, Mapping):
-        schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()}, checkpoint.record)
+    schema = _as_recorded(describe_keys(_view(specs, checkpoint)), checkpoint)
     extra = {key: Entry(key, Role.EXTRA, (), torch.uint8) for key in extra_state(checkpoint) if key not in schema}
     if extra:
         schema = replace(schema, entries={**schema.entries, **extra}, _by_quantizer={})
@@ -100,13 +104,49 @@ def extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def _holds_subclasses(checkpoint: Checkpoint) -> bool:
-    """Whether tensors in memory are torchao's subclasses, which say that they are float and hold integers."""
-    return any(hasattr(type(checkpoint[key]), "tensor_data_names") for key in checkpoint)
+def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
+    config = checkpoint.metadata.get("quantization_config")
+    return KeyView(
+        specs,
+        checkpoint.versions,
+        checkpoint.record,
+        checkpoint.attributes,
+        config if isinstance(config, Mapping) else {},
+    )
+
+
+def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:
+    """What was written down when the file was saved, over what its keys tell."""
+    record = checkpoint.record
+    stage = _stage_of(record.get("stage", schema.stage.value), checkpoint.name)
+    # quantizer state is in the keys of no float model: a record that says otherwise is about what the file once was
+    if stage is not Stage.FLOAT or schema.stage is Stage.FLOAT:
+        schema = replace(schema, framework=str(record.get("framework", schema.framework)), stage=stage)
+    sites = record.get("sites")
+    if isinstance(sites, Mapping):
+        schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()})
+    return schema
+
+
+def _stage_of(word: object, file: str) -> Stage:
+    try:
+        return Stage(word)
+    except ValueError as error:
+        raise CheckpointError(
+            "the record in the file has a stage that is not known",
+            file=file,
+            key="stage",
+            expected=", ".join(stage.value for stage in Stage),
+            found=repr(word),
+            remedy="a newer version of this package may have written it: update, or write the file again",
+        ) from error
 
 
 def _from_module(model: nn.Module) -> Source:
     description = describe_model(model)
+    if description.schema.stage is Stage.CONVERTED:
+        return _from_converted(description)
+    name = f"<{type(model).__name__}>"
     tensors: dict[str, Tensor] = {
         k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent
     }
@@ -116,15 +156,35 @@ def _from_module(model: nn.Module) -> Source:
         for key in description.schema
         if key.endswith("_extra_state") and key not in tensors
     }
-    name = f"<{type(model).__name__}>"
     specs = {key: entry.spec for key, entry in description.schema.items() if key in tensors or key in extras}
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
-    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, alias=alias)
     schema = description.schema
     if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
+    record = {"framework": schema.framework, "stage": schema.stage.value}
+    checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, record=record, alias=alias)
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema, description)
+
+
+def _from_converted(description: Description) -> Source:
+    """A converted model keeps its integers where no parameter is: it is read as its state_dict."""
+    assert description.framework is not None
+    model = description.view.model
+    state = model.state_dict()
+    packed = [key for key, value in state.items() if isinstance(value, torch.ScriptObject)]
+    if packed:
+        raise CompatError(
+            "a layer keeps its weights in an object of torch's own that cannot be read",
+            file=f"<{type(model).__name__}>",
+            key=", ".join(packed[:4]),
+            found="packed recurrent weights",
+            remedy="pass the model that it was converted from",
+        )
+    checkpoint = open_source(state)
+    checkpoint.name = f"<{type(model).__name__}>"
+    checkpoint.record = dict(description.framework.record(description.view))
+    return _described(checkpoint)
 
 
 def hidden_state(description: Description) -> dict[str, Tensor]:

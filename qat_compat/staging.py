@@ -14,7 +14,7 @@ from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, 
 from qat_compat.frameworks import Description
 from qat_compat.memory import copy_all, empty_like_spec
 from qat_compat.names import canonical
-from qat_compat.plan import Copy, How, Plan, Synthesize
+from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.state import Slot
 
@@ -69,8 +69,9 @@ def stage(plan: Plan, reading: Reading) -> Staged:
     origin: dict[str, str] = {}
     copies: list[tuple[Tensor, Tensor]] = []
     for step in plan.steps:
-        if isinstance(step, Copy):
-            _stage_one(step.key, step.source, reading, schema[step.key].role, slots, staged, origin, copies, problems)
+        if isinstance(step, Copy) or (isinstance(step, Derive) and step.value):
+            origin_key = step.source if isinstance(step, Copy) else step.value
+            _stage_one(step.key, origin_key, reading, schema[step.key].role, slots, staged, origin, copies, problems)
             reading.advance()
         elif isinstance(step, Synthesize) and step.how is How.RECORD:
             value = reading.saved[canonical(step.key)]

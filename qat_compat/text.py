@@ -1,11 +1,11 @@
-"""Names for people: repeated layers collapse into one line."""
+"""Names and numbers for people: repeated layers collapse into one line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["collapse", "shorten"]
+__all__ = ["collapse", "counted", "shorten"]
 
 _FOLDED = 300  # lines; folding by part takes time with the square of them
 _PART = re.compile(r"(?:[^.{]|\{[^{}]*\})+")  # of a dotted name; what stands in braces is one part
@@ -108,6 +108,20 @@ def _numbers(values: Sequence[int]) -> str:
         return f"{{{values[0]}...{values[-1]}}}"
     shown = ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")
     return f"{{{shown}}}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "key"), counted(1200, "key"), counted(0, "batch"), counted(2, "entry")
+        ('1 key', '1,200 keys', '0 batches', '2 entries')
+    """
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{count:,} {noun[:-1]}ies"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
 
 
 def shorten(lines: Sequence[str], limit: int) -> list[str]:

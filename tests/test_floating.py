@@ -121,13 +121,6 @@ def test_a_float_module_is_its_own_float_form(name: str) -> None:
         assert_same_state(dict(quantized.items()), dict(model.state_dict()))
 
 
-def test_a_converted_model_is_refused_with_the_way_on() -> None:
-    model = calibrated("eager-x86", "transformer")
-    converted = torch.ao.quantization.convert(copy.deepcopy(model).eval())
-    with pytest.raises(qc.CompatError, match=r"converted|integer|quantized"):
-        qc.to_float(converted.state_dict())
-
-
 # --- weights="quantized" ----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -162,22 +163,63 @@ def test_twelve_layers_fit_a_screen(state: str) -> None:
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 240
     if state == "a layer is missing":
-        assert "encoder.layer.7.query.weight" in text
+        assert "problem: missing      14 keys, such as encoder.layer.7.dense.bias: " in text
+        assert lines[-1].strip() == "encoder.layer.7.{dense,intermediate,key,norm,output,query,value}.{bias,weight}"
     else:
         assert "encoder.layer.{0...11}" in text
         assert ".layer.3." not in text
 
 
+def _words(count: int) -> list[str]:
+    return ["".join(letters) for letters in itertools.islice(itertools.product("abcdefghij", repeat=3), count)]
+
+
 def test_the_error_of_many_problems_is_short_and_complete() -> None:
-    problems = [Problem(ProblemKind.MISSING, f"k{i:03}", "gone", "find it") for i in range(100)]
+    problems = [Problem(ProblemKind.MISSING, f"k{i:03}", f"gone {word}", "find") for i, word in enumerate(_words(100))]
     error = qc.PlanError(list(reversed(problems)), file="model.pt")
     lines = str(error).splitlines()
     assert lines[0] == "source and target cannot be joined: 100 problems"
     assert lines[1] == "  file:     model.pt"
-    assert lines[2] == "  missing      k000: gone; find it"
+    assert lines[2] == "  missing      k000: gone aaa; find"
     assert lines[-1] == "  ... and 60 more, all in `.problems`"
     assert len(lines) == 43
     assert error.problems == tuple(problems)
+
+
+def test_like_problems_are_told_once_and_listed_whole() -> None:
+    def sized(key: str, rows: int) -> Problem:
+        detail = f"expected float32[{rows}], found float32[{rows}, 1] (old.{key})"
+        return Problem(ProblemKind.MISMATCHED, key, detail, f"keep={key!r} leaves the model's own value")
+
+    names = [f"model.{i}.{layer}.weight" for i in range(8) for layer in ("bn", "conv")]
+    alike = [sized(key, rows) for rows, key in enumerate(names)]
+    others = [
+        Problem(ProblemKind.MISMATCHED, "model.0.act", "expected float32[1], found int8[1]", "convert it"),
+        Problem(ProblemKind.MISSING, "model.3.bn.bias", alike[0].detail, alike[0].remedy),  # of another kind
+        Problem(ProblemKind.MISSING, "model.4.bn.bias", "gone"),  # two that are alike stay two
+        Problem(ProblemKind.MISSING, "model.5.bn.bias", "gone"),
+    ]
+    error = qc.PlanError([*others, *alike])
+    text = [
+        "mismatched   model.0.act: expected float32[1], found int8[1]; convert it",
+        "mismatched   16 keys, such as model.0.bn.weight: expected float32[0], found float32[0, 1]"
+        " (old.model.0.bn.weight); keep='model.0.bn.weight' leaves the model's own value",
+        "                 model.{0...7}.{bn,conv}.weight",
+        f"missing      model.3.bn.bias: {others[1].text}",
+        "missing      model.4.bn.bias: gone",
+        "missing      model.5.bn.bias: gone",
+    ]
+    assert str(error).splitlines() == ["source and target cannot be joined: 20 problems", *(f"  {t}" for t in text)]
+    assert set(error.problems) == {*others, *alike}
+    prefixed = [f"  {'' if line.startswith(' ') else 'problem: '}{line}" for line in text]
+    assert str(Plan((), error.problems)).splitlines()[1:] == prefixed
+    assert str(qc.PlanError(alike[:1])).count("such as") == 0
+
+
+def test_the_count_of_what_is_not_shown_is_of_problems() -> None:
+    alike = [Problem(ProblemKind.MISSING, f"layer.{i}.w", "gone") for i in range(50)]
+    first = [Problem(ProblemKind.INVALID, word, f"odd: {word}{word}") for word in _words(45)]
+    assert str(qc.PlanError([*alike, *first])).splitlines()[-1] == "  ... and 55 more, all in `.problems`"
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from qat_compat.frameworks.aimet import AIMET
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
-from qat_compat.frameworks.converted import Converted, ConvertedPT2E, ConvertedTorchAO
+from qat_compat.frameworks.converted import Converted, ConvertedTorchAO
+from qat_compat.frameworks.converted_pt2e import ConvertedPT2E
 from qat_compat.frameworks.fx import FX
 from qat_compat.frameworks.modelopt import ModelOpt
 from qat_compat.frameworks.nncf import NNCF
@@ -185,14 +186,13 @@ def _rename(path: str, renamed: Mapping[str, str]) -> str:
     return path
 
 
-def with_sites(schema: Schema, sites: Mapping[str, str], record: Mapping[str, object]) -> Schema:
-    """The same schema with the sites and the framework that were written down when its file was saved."""
+def with_sites(schema: Schema, sites: Mapping[str, str]) -> Schema:
+    """The same schema with the sites that were written down when its file was saved."""
     entries = {key: replace(entry, site=sites[key]) if key in sites else entry for key, entry in schema.entries.items()}
     moved = {split_path(key)[0] for key in sites if key in schema and schema[key].role.is_float_entry}
     return replace(
         schema,
         entries=entries,
-        framework=str(record.get("framework", schema.framework)),
         fused=tuple(one for one in schema.fused if one.prefix not in moved),
         recorded=True,
         _by_quantizer={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,20 @@ from qat_compat.errors import Problem
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
-__all__ = ["Framework", "KeyView", "ModelView", "Needs", "Quantizer", "plain_entry", "tensorless_places"]
+__all__ = [
+    "CAPTURED",
+    "Framework",
+    "KeyView",
+    "ModelView",
+    "Needs",
+    "Quantizer",
+    "is_captured",
+    "plain_entry",
+    "tensorless_places",
+]
+
+CAPTURED = "a tensor that the tracer captured: not in the float model's state_dict"
+_NUMBERED = re.compile(r"(?:^|\.)(?:_tensor_constant|_?lifted_tensor_(?:constant)?|_torchbind_obj)\d+$")
 
 
 class Needs(Enum):
@@ -129,11 +143,22 @@ class ModelView:
 
 @dataclass(frozen=True)
 class KeyView:
-    """What a framework may look at to describe a checkpoint: keys and specs, never tensors."""
+    """What a framework may look at to describe a checkpoint: keys and specs, never tensors.
+
+    Args:
+        specs: Key -> shape and dtype.
+        versions: The `_metadata` of the state_dict, where the file kept it.
+        record: What :func:`qat_compat.save_checkpoint` wrote about the keys.
+        attributes: Name of a tensor subclass (`fc.weight`) -> `class`, `shape`, `dtype`, `tensors` (part -> key) and
+            the attributes of its class, as JSON values; the keys are those of the tensors in it.
+        config: `quantization_config` of the `config.json` beside the file.
+    """
 
     specs: Mapping[str, Spec]
     versions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Framework(ABC):
@@ -178,6 +203,10 @@ class Framework(ABC):
         """Keys of the prepared model that the float model's state_dict may lack by design, and why."""
         return {}
 
+    def record(self, view: ModelView) -> Mapping[str, Any]:
+        """What only the live model tells of its keys, as plain data that a file of it carries along."""
+        return {}
+
     def before_norm(self, host: nn.Module, value: Tensor) -> Tensor | None:
         """What a fused module hands to its normalization for one input, (N, C, ...); None where that is not known."""
         return None
@@ -197,6 +226,16 @@ class Framework(ABC):
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def is_captured(key: str) -> bool:
+    """Whether a tracer gave this name, to a tensor that it met and that had none.
+
+    Example:
+        >>> is_captured("_tensor_constant0"), is_captured("block.weight")
+        (True, False)
+    """
+    return _NUMBERED.search(key) is not None
 
 
 def plain_entry(site: str, spec: Spec) -> Entry:

@@ -9,7 +9,8 @@ What is known here, and what it rests on (compressed-tensors 0.20):
   uint8 for NVFP4) and `weight_shape` their true shape, with `weight_g_idx` where columns were reordered.
 * `weight_scale_inv` is the same for 128 x 128 blocks of a float8 weight; `weight_scale_2` is what ModelOpt's export
   calls NVFP4's `weight_global_scale`.
-* A float model's own tensor may be called `weight_scale` too; what tells is its shape and its neighbours.
+* A float model's own tensor may be called `weight_scale` too; what tells is the `quantization_config` beside the file,
+  or the tensor's shape and its neighbours.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ PARTS: Mapping[str, Role] = {
 
 KINDS = ("weight", "input", "output", "q", "k", "v")
 LEAVES: Mapping[str, tuple[str, Role]] = {f"{k}_{part}": (k, role) for k in KINDS for part, role in PARTS.items()}
+_METHOD = "compressed-tensors"  # `quant_method` of the configuration beside the file
 _COMPRESSED = ("weight_packed", "weight_scale_inv")
 
 
@@ -54,6 +56,8 @@ class CompressedTensors(KeyedFramework):
         return Place(join_path(parent, kind), site_of(kind, parent), leaf.removeprefix(f"{kind}_"), role)
 
     def owns_keys(self, view: KeyView) -> bool:
+        if view.config.get("quant_method") == _METHOD and super().owns_keys(view):
+            return True
         return any(_tells(key, view) for key in view.specs if key.endswith(("weight_scale", *_COMPRESSED)))
 
     def stage(self, view: KeyView) -> Stage:

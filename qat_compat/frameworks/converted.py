@@ -3,8 +3,11 @@
 What is known here, and what it rests on (torch 2.13, torchao 0.18):
 
 * torch.ao eager and FX: `weight` of a quantized dtype, `scale` and `zero_point` of the output beside it; a linear
-  layer packs its weight and bias into `_packed_params._packed_params`, which reads as `.0` and `.1`.
-* PT2E: `_frozen_param0` int8 with `_scale_0` and `_zero_point_0`, beside the float originals.
+  layer packs its weight and bias into `_packed_params._packed_params`, which reads as `.0` and `.1`; an embedding packs
+  its weight into `_packed_params._packed_weight`. A quantized tensor carries its own scales, so that its float values
+  are its own `dequantize()`.
+* FX keeps the scale of an input or of a function at the root, `conv1_input_scale_0`, `_scale_3`, as scalars.
+* The batch normalization after a converted convolution is folded into it, and gone.
 * torchao: the inner tensors of a tensor subclass, by the names of its own flat form: `_weight_qdata`, `_weight_scale`.
   In memory the tensor itself is the subclass, which has a list of these names as `tensor_data_names`.
 * GPTQ and AWQ: `qweight`, `qzeros`, `scales`. bitsandbytes: `weight.absmax` and `weight.quant_map`, or `SCB`.
@@ -13,20 +16,22 @@ What is known here, and what it rests on (torch 2.13, torchao 0.18):
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
-from qat_compat.frameworks.base import KeyView, ModelView
-from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
-from qat_compat.schema import Role, Spec, Stage
+from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
+from qat_compat.frameworks.fake_quant import LEAVES, QUANTIZER_KEY
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
+from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
-__all__ = ["Converted", "ConvertedPT2E", "ConvertedTorchAO"]
+__all__ = ["Converted", "ConvertedTorchAO"]
 
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _PACKED_PARAMS = re.compile(r"(?:(?P<host>.+?)\.)?_packed_params(?:\.\w+)*$")
-_FROZEN = re.compile(r"(?:.+\.)?_frozen_param\d+$")
-_CONSTANT = re.compile(r"(?:.+\.)?_(?:scale|zero_point)_\d+$")
+_SCALAR = re.compile(r"(?P<name>(?:\w+\.)*?\w*?)_(?P<part>scale|zero_point)_(?P<number>\d+)$")
 _INNER = re.compile(
     r"(?:(?P<host>.+)\.)?_+(?P<name>[a-z]\w*?)_(?:tensor_impl_)?"
     r"(?P<part>qdata|qdata_and_metadata|int_data|float8_data|packed_weights?|scale|group_scale|row_scale|zero_point"
@@ -60,6 +65,10 @@ class Converted(_Converted):
 
     def place(self, key: str, spec: Spec) -> Place | None:
         parent, leaf = split_path(key)
+        if left := QUANTIZER_KEY.search(key):  # a module that was prepared and that `convert` passed by
+            quantizer, inner = key[: left.end()], key[left.end() + 1 :]
+            kind = "weight" if left[1] == "weight_fake_quant" else "output"
+            return Place(quantizer, site_of(kind, split_path(quantizer)[0]), inner, LEAVES.get(inner, Role.CONSTANT))
         if found := _PACKED_PARAMS.match(key) if "_packed_params" in key else None:
             host = found["host"] or ""
             return Place(host, site_of("weight", host), key[len(host) :].lstrip("."), Role.PACKED)
@@ -67,7 +76,42 @@ class Converted(_Converted):
             return Place(parent, site_of("weight", parent), leaf, Role.PACKED)
         if leaf in ("scale", "zero_point") and spec.shape in ((), (1,)):
             return Place(parent, site_of("output", parent), leaf, Role.SCALE if leaf == "scale" else Role.ZERO_POINT)
+        if spec.shape == () and (scalar := _SCALAR.match(key)) is not None:
+            name = f"{scalar['name']}_{scalar['number']}"
+            role = Role.SCALE if scalar["part"] == "scale" else Role.ZERO_POINT
+            return Place(name, f"constant:{name}", scalar["part"], role)
         return None
+
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded]:
+        found: dict[str, Decoded] = {}
+        for key, spec in view.specs.items():
+            target = _float_name(key, spec)
+            if target is not None:
+                is_integer = spec.dtype in _QUANTIZED
+                dtype = torch.float32 if is_integer else spec.dtype
+                how = "integers times their scale" if is_integer else "packed beside integers"
+                recipe = Recipe((key,), how, _dequantize if is_integer else _unchanged)
+                found[target] = Decoded(plain_entry(target, Spec(spec.shape, dtype)), recipe)
+        return found
+
+
+def _float_name(key: str, spec: Spec) -> str | None:
+    """The float model's name of a tensor that torch.ao stores in a converted form."""
+    packed = _PACKED_PARAMS.match(key) if "_packed_params" in key else None
+    if packed is None:
+        return key if spec.dtype in _QUANTIZED else None
+    leaf = {"0": "weight", "1": "bias", "_packed_weight": "weight"}.get(split_path(key)[1])
+    # a recurrent layer packs its weights under numbers, which do not tell which of its tensors they are
+    known = leaf is not None and "_all_weight_values" not in key
+    return join_path(packed["host"] or "", leaf) if known and leaf is not None else None
+
+
+def _dequantize(value: Tensor) -> Tensor:
+    return value.dequantize()
+
+
+def _unchanged(value: Tensor) -> Tensor:
+    return value
 
 
 def _is_converted_class(kind: type) -> bool:
@@ -80,25 +124,6 @@ def _is_others(key: str, spec: Spec) -> bool:
     return key.endswith(_OTHERS) and (key.rpartition(".")[2] != "qweight" or not spec.dtype.is_floating_point)
 
 
-class ConvertedPT2E(_Converted):
-    """torchao's export flow after `convert_pt2e`."""
-
-    name = "pt2e"
-
-    def owns_model(self, view: ModelView) -> bool:
-        return any(slot.tensor.dtype is torch.int8 and _FROZEN.match(key) for key, slot in view.slots.items())
-
-    def owns_keys(self, view: KeyView) -> bool:
-        return any(spec.dtype is torch.int8 and _FROZEN.match(key) is not None for key, spec in view.specs.items())
-
-    def place(self, key: str, spec: Spec) -> Place | None:
-        if _FROZEN.match(key) is not None:
-            return Place(key, f"constant:{key}", "", Role.PACKED)
-        if _CONSTANT.match(key) is not None:
-            return Place(key, f"constant:{key}", "", Role.SCALE if "_scale_" in key else Role.ZERO_POINT)
-        return None
-
-
 class ConvertedTorchAO(_Converted):
     """torchao's tensor subclasses after `quantize_(model, QATConfig(..., step="convert"))`."""
 
@@ -109,7 +134,7 @@ class ConvertedTorchAO(_Converted):
 
     def owns_keys(self, view: KeyView) -> bool:
         found = (_INNER.match(key) for key in view.specs if "._" in key or key.startswith("_"))
-        return any(one is not None and one["part"] in _DATA for one in found)
+        return bool(view.attributes) or any(one is not None and one["part"] in _DATA for one in found)
 
     def place(self, key: str, spec: Spec) -> Place | None:
         found = _INNER.match(key)

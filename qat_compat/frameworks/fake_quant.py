@@ -7,6 +7,7 @@ the same names, the same buffers and the same arithmetic, so classes are told by
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer
 from qat_compat.schema import Role
+from qat_compat.text import counted
 
-__all__ = ["LEAVES", "OBSERVER", "FakeQuant", "has_base", "is_fake_quant", "is_observer"]
+__all__ = ["LEAVES", "OBSERVER", "QUANTIZER_KEY", "FakeQuant", "has_base", "is_fake_quant", "is_observer"]
 
 OBSERVER = "activation_post_process"
+QUANTIZER_KEY = re.compile(r"(?:^|\.)(weight_fake_quant|activation_post_process(?:_\d+)?)(?=\.)")
 
 # leaf of a quantizer's state -> role; the same table for models and for files
 LEAVES: Mapping[str, Role] = {
@@ -230,7 +233,7 @@ class FakeQuant(Quantizer):
                 )
         expected = self.channels()
         if not untouched and expected is not None and scale.numel() != expected:
-            detail = f"expected {expected} scale(s), found {scale.numel()}"
+            detail = f"expected {counted(expected, 'scale')}, found {scale.numel()}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
 
     def hides_infinity(self) -> bool:

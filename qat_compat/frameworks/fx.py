@@ -21,16 +21,13 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_compat.frameworks.base import KeyView, ModelView
+from qat_compat.frameworks.base import CAPTURED, KeyView, ModelView, is_captured
 from qat_compat.frameworks.fake_quant import FakeQuant, is_fake_quant, is_observer
 from qat_compat.frameworks.torch_ao import TorchAO
 from qat_compat.schema import Role, Schema
 from qat_compat.state import join_path, split_path
 
 _NUMBERED = re.compile(r"(?:^|\.)activation_post_process_\d+\.")
-
-_CONSTANT = re.compile(r"(?:^|\.)(?:_tensor_constant|_?lifted_tensor_(?:constant)?|_torchbind_obj)\d+$")
-_CAPTURED = "a tensor that the tracer captured: not in the float model's state_dict"
 
 __all__ = ["FX", "graphs_of", "is_exported"]
 
@@ -141,7 +138,7 @@ class FX(TorchAO):
     def describe_keys(self, view: KeyView) -> Schema:
         schema = super().describe_keys(view)
         entries = {
-            key: replace(entry, role=Role.CONSTANT, optional=_CAPTURED) if _CONSTANT.search(key) else entry
+            key: replace(entry, role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             for key, entry in schema.items()
         }
         return replace(schema, entries=entries, _by_quantizer={})
@@ -248,7 +245,7 @@ class FX(TorchAO):
                     key = join_path(path, str(node.target))
                     slot = view.slots.get(key)
                     if slot is not None and not slot.is_parameter and not _is_statistic(key):
-                        found[key] = _CAPTURED
+                        found[key] = CAPTURED
         return found
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from qat_compat.frameworks.base import Framework, KeyView, ModelView, Quantizer, plain_entry
-from qat_compat.schema import Entry, Role, Schema, Spec, Stage
+from qat_compat.frameworks.base import CAPTURED, Framework, KeyView, ModelView, Quantizer, is_captured, plain_entry
+from qat_compat.schema import Entry, Recipe, Role, Schema, Spec, Stage
 from qat_compat.state import split_path
 
-__all__ = ["KeyedFramework", "Place", "holds_integers", "site_of"]
+__all__ = ["Decoded", "KeyedFramework", "Place", "decoded_entries", "holds_integers", "site_of"]
 
 # what a weight is stored as when it is no master weight any more
 _INTEGERS = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
@@ -26,6 +27,13 @@ class Place(NamedTuple):
     site: str
     leaf: str
     role: Role
+
+
+class Decoded(NamedTuple):
+    """A tensor of the float model that the checkpoint holds in another form."""
+
+    entry: Entry
+    recipe: Recipe
 
 
 class KeyedFramework(Framework):
@@ -45,6 +53,10 @@ class KeyedFramework(Framework):
         """The float model's name of a tensor that is not a quantizer's."""
         return key
 
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded]:
+        """Key -> tensor of the float model that is computed from others; the key may be that of one of them."""
+        return {}
+
     def owns_keys(self, view: KeyView) -> bool:
         return any(self.place(key, spec) is not None for key, spec in view.specs.items())
 
@@ -56,10 +68,27 @@ class KeyedFramework(Framework):
         for key, spec in view.specs.items():
             place = self.place(key, spec)
             if place is None:
-                entries[key] = plain_entry(self.float_site(key, view), spec)
+                entry = plain_entry(self.float_site(key, view), spec)
+                entries[key] = replace(entry, role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             else:
                 entries[key] = Entry(place.site, place.role, *spec, place.quantizer, place.leaf)
-        return Schema(entries, self.name, self.stage(view))
+        decoded = self.decoded(view)
+        recipes = {key: one.recipe for key, one in decoded.items()}
+        return Schema(decoded_entries(entries, decoded), self.name, self.stage(view), recipes=recipes)
+
+
+def decoded_entries(entries: Mapping[str, Entry], decoded: Mapping[str, Decoded]) -> dict[str, Entry]:
+    """The entries with what is computed from them, each where the first tensor that it is computed from stands."""
+    after: dict[str, list[str]] = {}
+    for key, one in decoded.items():
+        after.setdefault(one.recipe.sources[0], []).append(key)
+    found: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        if key not in decoded:
+            found[key] = entry
+        for name in after.get(key, ()):
+            found[name] = decoded[name].entry
+    return found
 
 
 def holds_integers(specs: Mapping[str, Spec]) -> bool:

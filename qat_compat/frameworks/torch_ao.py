@@ -12,7 +12,6 @@ What is known here, and what it rests on (torch 2.13):
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -29,7 +28,15 @@ from qat_compat.frameworks.base import (
     plain_entry,
     tensorless_places,
 )
-from qat_compat.frameworks.fake_quant import LEAVES, OBSERVER, FakeQuant, has_base, is_fake_quant, is_observer
+from qat_compat.frameworks.fake_quant import (
+    LEAVES,
+    OBSERVER,
+    QUANTIZER_KEY,
+    FakeQuant,
+    has_base,
+    is_fake_quant,
+    is_observer,
+)
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
 from qat_compat.trace import followers
@@ -45,8 +52,6 @@ _OLD_BN_LEAVES = {
     "running_var":         "running_var",
     "num_batches_tracked": "num_batches_tracked",
 }  # fmt: skip
-
-_QUANTIZER = re.compile(r"(?:^|\.)(weight_fake_quant|activation_post_process(?:_\d+)?)(?=\.)")
 
 
 def quantized_weight(module: nn.Module) -> Tensor:
@@ -177,13 +182,13 @@ class TorchAO(Framework):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(_QUANTIZER.search(key) for key in view.specs)
+        return any(QUANTIZER_KEY.search(key) for key in view.specs)
 
     def describe_keys(self, view: KeyView) -> Schema:
         entries: dict[str, Entry] = {}
         hosts: set[str] = set()
         for key, spec in view.specs.items():
-            match = _QUANTIZER.search(key)
+            match = QUANTIZER_KEY.search(key)
             if match is None:
                 continue
             quantizer = key[: match.end()]

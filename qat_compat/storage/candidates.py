@@ -11,7 +11,8 @@ import torch
 from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.storage.lazy import HeldTensor, LazyTensor, LazyTensors
 from qat_compat.storage.plain import plain
-from qat_compat.storage.standins import OWN, NumpyArray, Opaque, Unreadable
+from qat_compat.storage.standins import OWN, NumpyArray, Opaque
+from qat_compat.storage.subclasses import inner_tensors
 
 __all__ = ["Weights", "has_tensors", "is_weights", "split_own", "weights_of"]
 
@@ -24,12 +25,14 @@ class Weights(NamedTuple):
     Args:
         tensors: Its tensors, in order, under their own names.
         versions: Its `_metadata`.
-        extra: Its entries that are no tensors, and attributes of tensor subclasses, as plain data.
+        extra: Its entries that are no tensors, as plain data.
+        attributes: Name of a tensor subclass -> what it is apart from its inner tensors.
     """
 
     tensors: dict[str, LazyTensor]
     versions: Mapping[str, Any]
     extra: dict[str, Any]
+    attributes: dict[str, dict[str, Any]]
 
 
 def is_weights(node: object) -> bool:
@@ -68,8 +71,7 @@ def weights_of(node: object) -> Weights:
     Raises:
         CheckpointError: A tensor is of a kind that has no plain form (sparse, nested, on the meta device).
     """
-    extra: dict[str, Any] = {}
-    tensors: dict[str, LazyTensor] = {}
+    weights = Weights({}, {}, {}, {})
     versions: Any = None
     if isinstance(node, torch.nn.Module):
         node = node.state_dict()
@@ -80,50 +82,36 @@ def weights_of(node: object) -> Weights:
         members = dict(node)
         versions = getattr(node, "_metadata", None)
     for key, value in members.items():
-        _add(str(key), value, tensors, extra)
-    return Weights(tensors, _versions(versions), extra)
+        _add(str(key), value, weights)
+    return weights._replace(versions=_versions(versions))
 
 
-def _add(key: str, value: object, tensors: dict[str, LazyTensor], extra: dict[str, Any]) -> None:
-    tensor = _tensor(value)
-    if isinstance(tensor, Unreadable):
-        _flatten(key, tensor, tensors, extra)
-    elif tensor is not None:
-        tensors[key] = tensor
+def _add(key: str, value: object, weights: Weights) -> None:
+    if (inner := inner_tensors(key, value)) is not None:
+        tensors, weights.attributes[key] = inner
+        for name, part in tensors.items():
+            _add(name, part, weights)
+    elif (tensor := _tensor(value)) is not None:
+        if key in weights.tensors:
+            raise _taken(key)
+        weights.tensors[key] = tensor
     elif _tensors_in(value):
         assert isinstance(value, (tuple, list))
         for index, member in enumerate(value):
             if member is not None:
-                _add(f"{key}.{index}", member, tensors, extra)
+                _add(f"{key}.{index}", member, weights)
     elif value is not None:
-        extra[key] = plain(value)
+        weights.extra[key] = plain(value)
 
 
-def _flatten(key: str, tensor: Unreadable, tensors: dict[str, LazyTensor], extra: dict[str, Any]) -> None:
-    is_torchao = tensor.cls.startswith("torchao.")
-    inner = {name: part for name, part in tensor.parts.items() if is_torchao and _tensor(part) is not None}
-    if not inner:
-        raise CheckpointError(
-            f"a tensor cannot be read: it is {tensor.what}",
-            key=key,
-            expected="a dense tensor",
-            found=tensor.what,
-            remedy=tensor.remedy,
-        )
-    # The names of torchao's own flat form (`flatten_tensor_state_dict`), so that both files read alike.
-    module, _, name = key.rpartition(".")
-    prefix = f"{module}._{name}_" if module else f"_{name}_"
-    for part, value in inner.items():
-        _add(prefix + part, value, tensors, extra)
-    extra[key] = {
-        "_type": tensor.cls.rpartition(".")[2],
-        "_data": {
-            part: plain(value) for part, value in tensor.parts.items() if part not in inner and value is not None
-        },
-        "_tensor_data_names": list(inner),
-        "shape": list(tensor.spec.shape),
-        "dtype": str(tensor.spec.dtype).removeprefix("torch."),
-    }
+def _taken(key: str) -> CheckpointError:
+    return CheckpointError(
+        "two tensors have one name",
+        key=key,
+        expected="a name for each, also for the parts of a tensor subclass or of a tuple",
+        found="a tensor of that name, and a part that is called so",
+        remedy="rename the tensor",
+    )
 
 
 def _tensor(value: object) -> LazyTensor | None:

@@ -32,6 +32,9 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: Training state beside the weights (epoch, optimizer, hyper-parameters), as plain data.
         versions: The `_metadata` of a state_dict (module path -> `{"version": n}`), where the file kept it.
         record: What :func:`qat_compat.save_checkpoint` wrote about the keys (sites, hidden state), where it did.
+        attributes: What is known of each tensor subclass apart from the tensors in it, as JSON values: name of the
+            subclass (`fc.weight`, where the keys are `fc._weight_qdata` and so on) -> `class`, `shape`, `dtype`,
+            `tensors` (part -> key), `block_size` and whatever else its class keeps.
         notes: What had to be decided while opening (which of two sets of weights, say), for the report.
         alias: Tells which memory a key's tensor is, see :meth:`alias`.
     """
@@ -45,6 +48,7 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: Mapping[str, Any] | None = None,
         versions: Mapping[str, Mapping[str, Any]] | None = None,
         record: Mapping[str, Any] | None = None,
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
         notes: tuple[str, ...] = (),
         alias: Callable[[str], Hashable | None] | None = None,
     ) -> None:
@@ -55,6 +59,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.metadata: Mapping[str, Any] = dict(metadata or {})
         self.versions: Mapping[str, Mapping[str, Any]] = dict(versions or {})
         self.record: Mapping[str, Any] = dict(record or {})
+        self.attributes: Mapping[str, Mapping[str, Any]] = dict(attributes or {})
         self.notes = notes
         self.framework = "plain"
         self.stage = "float"

@@ -50,6 +50,7 @@ class Opened:
     Args:
         tree: Nested mappings and lists, in which tensors are :class:`~qat_compat.storage.lazy.LazyTensor`.
         metadata: What the file keeps beside its tensors.
+        headers: Further such metadata, as each file's header has it: attributes of flattened tensor subclasses, too.
         versions: The `_metadata` of the state_dict, where the format keeps it apart from the tree.
         record: What this package wrote about the keys.
         notes: What had to be decided while opening.
@@ -57,6 +58,7 @@ class Opened:
 
     tree: Any
     metadata: dict[str, Any] = field(default_factory=dict)
+    headers: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qat_compat.storage import dcp, npz, safetensors, sharded, torch_legacy, torch_zip
+from qat_compat.storage.config import quantization_config
 from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.sniff import describe
 
@@ -30,5 +31,14 @@ def open_path(path: Path, verify: bool | None) -> Opened:
     source = Source(path, verify)
     for container in _CONTAINERS:
         if container.matches(source):
-            return container.open(source)
+            return _with_config(container.open(source), path if source.is_folder else path.parent)
     raise describe(source)
+
+
+def _with_config(opened: Opened, folder: Path) -> Opened:
+    config, passed_over = quantization_config(folder)
+    if config:
+        opened.metadata.setdefault("quantization_config", config)
+    if passed_over:
+        opened.notes = (*opened.notes, passed_over)
+    return opened

@@ -18,8 +18,9 @@ from qat_compat.storage.candidates import Weights, split_own, weights_of
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.container import Opened
 from qat_compat.storage.containers import open_path
-from qat_compat.storage.locate import Found, locate
+from qat_compat.storage.locate import locate, state_beside
 from qat_compat.storage.plain import plain
+from qat_compat.storage.subclasses import from_headers
 from qat_compat.storage.writing import Contents
 
 __all__ = ["open_source", "save"]
@@ -122,6 +123,8 @@ def save(
         path = Path(os.fsdecode(path))
         if versions is None and isinstance(tensors, Checkpoint):
             versions = tensors.versions
+        if isinstance(tensors, Checkpoint) and tensors.attributes:
+            record = {"attributes": tensors.attributes, **(record or {})}
         contents = Contents.of(tensors, versions, record, metadata)
         container = safetensors if path.suffix == ".safetensors" else torch_zip
         write_atomically(path, lambda stream: container.write(stream, contents), backup=backup)
@@ -151,20 +154,29 @@ def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
         more = weights_of(mapping)
         weights.tensors.update({key: value for key, value in more.tensors.items() if key not in weights.tensors})
     versions, record, kept = split_own(weights.versions)
-    metadata = {**_beside(opened.tree, found), **opened.metadata, **kept}
+    record = record or opened.record
+    tensors = weights.tensors
+    specs = {key: tensor.spec for key, tensor in tensors.items()}
+    described, headers = from_headers(opened.headers, specs)
+    metadata = {**plain(state_beside(opened.tree, found)), **headers, **opened.metadata, **kept}
     if weights.extra:
         metadata["extra_state"] = weights.extra
-    tensors = weights.tensors
     return Checkpoint(
-        {key: tensor.spec for key, tensor in tensors.items()},
+        specs,
         _reader(weights, name),
         name=name,
         metadata=metadata,
         versions=versions or opened.versions,
-        record=record or opened.record,
+        record=record,
+        attributes={**_recorded_attributes(record), **described, **weights.attributes},
         notes=(*opened.notes, *([found.note] if found.note else [])),
         alias=lambda key: tensors[key].alias,
     )
+
+
+def _recorded_attributes(record: dict[str, Any]) -> dict[str, Any]:
+    attributes = record.pop("attributes", None)
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _reader(weights: Weights, name: str) -> Any:
@@ -176,13 +188,3 @@ def _reader(weights: Weights, name: str) -> Any:
             raise
 
     return read
-
-
-def _beside(tree: object, found: Found) -> dict[str, Any]:
-    """Everything in the file but sets of weights, as plain data."""
-    if not found.path or not isinstance(tree, Mapping):
-        return {}
-    weights = [path.split(".")[0] for path in (found.path, *found.others)]
-    kept = {str(key): value for key, value in tree.items() if key not in weights}
-    made: dict[str, Any] = plain(kept)
-    return made

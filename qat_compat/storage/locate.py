@@ -9,7 +9,7 @@ from qat_compat.errors import CheckpointError
 from qat_compat.storage.candidates import has_tensors, is_weights
 from qat_compat.storage.standins import Opaque
 
-__all__ = ["Found", "locate"]
+__all__ = ["Found", "locate", "state_beside"]
 
 
 class Trainer(NamedTuple):
@@ -81,6 +81,7 @@ class Found(NamedTuple):
         beside: Mappings of tensors that belong to them.
         others: Paths of the other sets of weights.
         note: What was decided, and on what grounds; "" if there was nothing to decide.
+        taken: Paths of everything that is weights; what is elsewhere is training state.
     """
 
     path: str
@@ -88,6 +89,7 @@ class Found(NamedTuple):
     beside: tuple[object, ...]
     others: tuple[str, ...]
     note: str
+    taken: tuple[str, ...] = ()
 
 
 def locate(tree: object, select: str | None) -> Found:
@@ -123,10 +125,40 @@ def locate(tree: object, select: str | None) -> Found:
         )
     trainer = next((row for row in TRAINERS if all(_has(tree, mark) for mark in row.marks) and _paths(row, sets)), None)
     path, reason = _choose(tree, sets, trainer, select)
-    beside = tuple(_get(tree, extra) for extra in trainer.beside if _has(tree, extra)) if trainer else ()
-    others = tuple(other for other in sets if other != path)
+    beside = [extra for extra in (trainer.beside if trainer else ()) if isinstance(_get(tree, extra), Mapping)]
+    others = tuple(other for other in sets if other != path and other not in beside)
     note = f"weights are `{path}`{reason}; also there: {', '.join(others)}" if others and select is None else ""
-    return Found(path, sets[path], beside, others, note)
+    nodes = tuple(_get(tree, extra) for extra in beside)
+    return Found(path, sets[path], nodes, others, note, (path, *others, *beside))
+
+
+def state_beside(tree: object, found: Found) -> dict[str, Any]:
+    """What a file holds apart from its weights.
+
+    Example:
+        >>> import torch
+        >>> tree = {"trainer": {"vae": {"w": torch.zeros(2)}, "config": {"depth": 2}}, "args": None}
+        >>> state_beside(tree, locate(tree, None))
+        {'trainer': {'config': {'depth': 2}}, 'args': None}
+    """
+    if not found.path or not isinstance(tree, Mapping):
+        return {}
+    rest = dict(tree)
+    for path in found.taken:
+        _remove(rest, _keys_to(tree, path))
+    return {str(key): value for key, value in rest.items()}
+
+
+def _remove(tree: dict[Any, Any], keys: tuple[str, ...]) -> None:
+    """Take an entry out of nested mappings, and with it the mappings that then hold nothing; the originals stay."""
+    first, *others = keys
+    if others and isinstance(tree.get(first), Mapping):
+        below = dict(tree[first])
+        _remove(below, tuple(others))
+        tree[first] = below
+        if below:
+            return
+    tree.pop(first, None)
 
 
 def _choose(tree: object, sets: dict[str, object], trainer: Trainer | None, select: str | None) -> tuple[str, str]:
@@ -207,25 +239,28 @@ def _search(node: object, path: str, depth: int) -> Iterator[tuple[str, object]]
             yield from _search(value, below, depth + 1)
 
 
-def _get(tree: object, path: str) -> Any:
-    """What is at a dotted path; keys may themselves hold dots."""
-    if not path:
-        return tree
-    if isinstance(tree, Mapping):
-        if path in tree:
-            return tree[path]
-        for index, letter in enumerate(path):
-            if letter == "." and path[:index] in tree:
-                found = _get(tree[path[:index]], path[index + 1 :])
-                if found is not None:
-                    return found
-    return None
+def _keys_to(tree: object, path: str) -> tuple[str, ...]:
+    """The keys that a dotted path stands for, which may themselves hold dots; none if it leads nowhere."""
+    if not isinstance(tree, Mapping):
+        return ()
+    if path in tree:
+        return (path,)
+    for index, letter in enumerate(path):
+        if letter == "." and path[:index] in tree and (below := _keys_to(tree[path[:index]], path[index + 1 :])):
+            return (path[:index], *below)
+    return ()
+
+
+def _get(tree: Any, path: str) -> Any:
+    """What is at a dotted path; None if it leads nowhere."""
+    keys = _keys_to(tree, path)
+    for key in keys:
+        tree = tree[key]
+    return tree if keys or not path else None
 
 
 def _has(tree: object, path: str) -> bool:
-    if isinstance(tree, Mapping) and path in tree:
-        return True
-    return _get(tree, path) is not None
+    return bool(_keys_to(tree, path))
 
 
 def _summary(tree: object) -> str:

@@ -67,10 +67,11 @@ def _open(source: Source) -> Opened:
     if "hidden" in opened.record or hidden:
         opened.record["hidden"] = LazyTensors(hidden)
     opened.versions = _own_json(file, about, _VERSIONS) if _VERSIONS in about else {}
-    opened.metadata = {key: _decoded(value) for key, value in about.items() if not key.startswith(OWN)}
-    if opened.metadata.get("format") == "pt":
-        del opened.metadata["format"]
-    opened.metadata.update(_own_json(file, about, _STATE) if _STATE in about else {})
+    header = {key: _decoded(value) for key, value in about.items() if not key.startswith(OWN)}
+    if header.get("format") == "pt":
+        del header["format"]
+    opened.headers = (header,)
+    opened.metadata = _own_json(file, about, _STATE) if _STATE in about else {}
     if source.verify and not sums:
         opened.notes = ("the file was written without checksums: nothing to verify",)
     return opened

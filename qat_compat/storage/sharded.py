@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qat_compat.errors import CheckpointError, LimitError, UnsafeCheckpointError
 from qat_compat.storage import safetensors, torch_legacy, torch_zip
 from qat_compat.storage.candidates import weights_of
+from qat_compat.storage.config import leads_outside
 from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.locate import locate
@@ -51,9 +53,11 @@ def _open_index(path: Path, verify: bool | None) -> Opened:
     weight_map = index["weight_map"]
     shards: dict[str, dict[str, LazyTensor]] = {}
     notes: list[str] = []
+    headers: list[Mapping[str, Any]] = []
     for name in sorted(set(weight_map.values())):
         opened = _open_shard(_shard_path(path, name), verify)
         shards[name] = weights_of(locate(opened.tree, None).node).tensors
+        headers += opened.headers
         notes += [note for note in opened.notes if note not in notes]
     owners: dict[str, str] = {}
     for name, tensors in shards.items():
@@ -73,6 +77,7 @@ def _open_index(path: Path, verify: bool | None) -> Opened:
     return Opened(
         {key: shards[name][key] for key, name in weight_map.items()},
         metadata=about if isinstance(about, dict) else {},
+        headers=tuple(headers),
         notes=tuple(notes),
     )
 
@@ -89,15 +94,9 @@ def _shard_path(index: Path, name: str) -> Path:
     """The file of a shard: beside the index, or where the Hugging Face cache's own link leads, into its blobs."""
     if name != Path(name).name or name in ("", ".", ".."):
         raise _escape(index, name, "a path that leaves the folder of the index")
-    folder = index.parent
-    path = folder / name
-    if not path.is_symlink():
-        return path
-    real, root = path.resolve(), folder.resolve()
-    # cache layout: models--x/snapshots/<revision>/model-1.safetensors -> ../../blobs/<hash>
-    is_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
-    if not is_cache and root not in real.parents:
-        raise _escape(index, name, f"a link to {real}")
+    path = index.parent / name
+    if leads_outside(path):
+        raise _escape(index, name, f"a link to {path.resolve()}")
     return path
 
 

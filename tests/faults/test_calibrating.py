@@ -200,7 +200,7 @@ def test_quantizers_that_never_run_are_listed_with_two_ways_out() -> None:
     with untouched(model), pytest.raises(qc.CalibrationError) as caught:
         qc.load_checkpoint(model, state, calibration=[torch.ones(2, 4)])
     assert str(caught.value) == (
-        "12 quantizer(s) never ran on the calibration data\n"
+        "12 quantizers never ran on the calibration data\n"
         "  key:      unused.{0...11}.activation_post_process\n"
         "  expected: every quantizer sees at least one tensor\n"
         "  remedy:   add batches that reach them, or leave them to training with calibration='defer'"
@@ -212,7 +212,7 @@ def test_uncalibrated_quantizers_are_all_named_and_collapsed() -> None:
     with untouched(model), pytest.raises(qc.CalibrationError) as caught:
         qc.load_checkpoint(model, state)
     text = str(caught.value).splitlines()
-    assert text[0] == ("13 activation quantizer(s) have no range: the source does not hold one and no data was given")
+    assert text[0] == "no range for 13 activation quantizers: the source does not hold one and no data was given"
     assert text[2:] == [
         "  key:      unused.{0...11}.activation_post_process, used.activation_post_process",
         "  remedy:   pass calibration=batches, or calibration='defer' to leave them to the first training batches",

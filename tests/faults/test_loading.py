@@ -206,7 +206,7 @@ def test_a_scale_for_another_number_of_channels(flow: str, name: str) -> None:
     model, state = target(flow, name), trained_state(flow, name)
     key = _scales(state)["weight"]
     state[key] = state[key][:-1]
-    with untouched(model), pytest.raises(qc.QParamError, match=r"expected \d+ scale\(s\), found \d+"):
+    with untouched(model), pytest.raises(qc.QParamError, match=r"expected \d+ scales, found \d+"):
         qc.load_checkpoint(model, state)
 
 

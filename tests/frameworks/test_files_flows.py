@@ -115,10 +115,8 @@ def _refused(source: Any, name: str) -> None:
             qc.load_checkpoint(target, source, calibration=ARCH.batches())
         (problem,) = error.value.problems
         assert problem.detail.startswith(f"the source is a converted (integer) checkpoint ({name})")
-        assert problem.remedy == "pass the float or QAT checkpoint that it was converted from"
+        assert problem.remedy.startswith("pass the float or QAT checkpoint that it was converted from")
         assert_same_state(target, before)
-    with pytest.raises(qc.PlanError, match="converted"):
-        qc.to_float(source)
 
 
 def test_a_scale_that_multiplies_the_input_is_not_dropped() -> None:

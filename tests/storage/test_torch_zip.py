@@ -251,19 +251,6 @@ def test_packed_parameters_of_a_converted_layer(tmp_path: Path) -> None:
     assert checkpoint.metadata["extra_state"] == {"fc._packed_params.dtype": torch.qint8}
 
 
-def test_torchao_tensors_read_like_torchaos_flat_form(tmp_path: Path) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
-    model = nn.Sequential(nn.Linear(8, 4))
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    torch.save(model.state_dict(), tmp_path / "f.pt")
-    checkpoint = open_source(tmp_path / "f.pt")
-    flat, _ = support.flatten_tensor_state_dict(model.state_dict())
-    assert set(checkpoint) == set(flat)
-    assert all(torch.equal(checkpoint[key], flat[key]) for key in flat)
-    assert checkpoint.metadata["extra_state"]["0.weight"]["_type"] == "Int8Tensor"
-
-
 @pytest.mark.parametrize(
     ("value", "word"),
     [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from common import FUSE_CNN, PAIRS_CNN, Cnn, eager, images, read, real, same, stateful
 from torch import Tensor, nn
 from torch.ao.quantization import QuantWrapper, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
@@ -152,18 +153,36 @@ def test_average_beside_live_weights(tmp_path: Path) -> None:
     assert_twin(Cnn, PREPARE, live, images(), source=tmp_path / "ema.ckpt", select="current_model_state")
 
 
-def test_a_directory_of_shards_as_fsdp_writes_it(tmp_path: Path) -> None:
-    """`model.` before every key beside the optimizer; `meta.pt` holds what is no tensor."""
-    state = stateful(Cnn())
-    sharded = {f"model.{key}": value for key, value in state.items()}
-    folder = tmp_path / "epoch=1.ckpt"
-    dcp.save({"model": sharded, "optimizer_0": {"state": {"step": torch.ones(1)}}}, checkpoint_id=folder, no_dist=True)
-    torch.save({k: v for k, v in ckpt({}).items() if k != "state_dict"}, folder / "meta.pt")
-    twin = assert_twin(Cnn, PREPARE, state, images(), source=folder)
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Lightning itself leaves of a run of FSDP2, as its two sharding strategies write it."""
+    folder = tmp_path_factory.mktemp("lightning")
+    script = Path(__file__).with_name("lightning_sharded.py")
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+STRATEGIES = pytest.mark.parametrize("strategy", ["model_parallel", "fsdp"])
+
+
+@STRATEGIES
+def test_a_directory_of_shards_and_its_consolidated_file(sharded: Path, strategy: str) -> None:
+    directory, file = qc.open_checkpoint(sharded / strategy), qc.open_checkpoint(sharded / f"{strategy}.ckpt")
+    assert list(directory) == list(file) == [f"model.{key}" for key in Cnn().state_dict()]
+    same(directory, file)
+    assert directory.metadata["hyper_parameters"] == file.metadata["hyper_parameters"] == {"rate": 0.01}
+    assert directory.metadata["loops"] == file.metadata["loops"]
+
+
+@STRATEGIES
+def test_a_directory_of_shards_into_a_prepared_model(sharded: Path, strategy: str) -> None:
+    raw = torch.load(sharded / f"{strategy}.ckpt", weights_only=True)["state_dict"]
+    twin = assert_twin(Cnn, PREPARE, without_prefix(raw, "model."), images(), source=sharded / strategy)
     assert twin.report.copied == 14
 
 
-def test_after_convert_the_file_is_refused(tmp_path: Path) -> None:
+def test_after_convert_the_file_is_never_taken_for_float_unasked(tmp_path: Path) -> None:
     model = qat_callback()
     model(images()[0])
     converted = torch.ao.quantization.convert(copy.deepcopy(model).eval())
@@ -174,8 +193,8 @@ def test_after_convert_the_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(qc.PlanError, match=r"the source is a converted \(integer\) checkpoint") as error:
             qc.load_checkpoint(target, tmp_path / "last.ckpt", calibration=images())
         assert len(error.value.problems) == 1
-    with pytest.raises(qc.PlanError, match="cannot be read back to float"):
-        qc.to_float(tmp_path / "last.ckpt")
+    back = qc.to_float(tmp_path / "last.ckpt", like=Cnn())
+    Cnn().load_state_dict(dict(back), strict=True)
 
 
 def test_the_qat_callbacks_state_comes_back_bit_for_bit(tmp_path: Path) -> None:

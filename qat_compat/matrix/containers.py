@@ -92,7 +92,7 @@ def _lightning(state: State, folder: Path) -> Source:
         def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             return _prefixed(state, "model.")
 
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(Holder())
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"

@@ -102,20 +102,20 @@ def donor_of(flow: Flow) -> Flow:
     return FLOWS["fx-x86" if flow.name.startswith("eager-") else "eager-x86"]
 
 
-def declared_reason(reasons: Mapping[str, str] | None, flow: str, direction: str) -> str | None:
-    """The regex that a declaration gives for a flow and a direction.
+def declared_reason(reasons: Mapping[str, str] | None, flow: str, direction: str, granularity: str) -> str | None:
+    """The regex that a declaration gives for a flow, a direction and a granularity.
 
     Example:
-        >>> declared_reason({"fx-*": "control flow", "pt2e-*/converted": "LSTM"}, "pt2e-x86", "converted")
+        >>> declared_reason({"fx-*": "control flow", "pt2e-*/converted": "LSTM"}, "pt2e-x86", "converted", "per_tensor")
         'LSTM'
     """
-    where = f"{flow}/{direction}"
+    where = f"{flow}/{direction}/{granularity}"
     return next((text for glob, text in (reasons or {}).items() if _matches(where, (glob, f"{glob}/*"))), None)
 
 
-def _expected(model: QATModel, flow: str, direction: str) -> str | None:
+def _expected(model: QATModel, flow: str, direction: str, granularity: str) -> str | None:
     reasons = (model.refused, model.unsupported)
-    return next((text for one in reasons if (text := declared_reason(one, flow, direction))), None)
+    return next((text for one in reasons if (text := declared_reason(one, flow, direction, granularity))), None)
 
 
 def _flows(models: Sequence[QATModel]) -> tuple[dict[str, Flow], dict[str, str]]:
@@ -143,12 +143,14 @@ def _probes(
     if size != "full":
         return
     for name, flow in product(axes["model"], axes["flow"]):
-        model, prepare = models[name], flows[flow].prepare
-        if not _matches(flow, model.flows):
+        if not _matches(flow, models[name].flows):
             continue
-        directions = [direction for direction in axes["direction"] if _expected(model, flow, direction)]
-        for direction in directions[:1] if directions == axes["direction"] else directions:
-            yield Cell(name, flow, direction, axes["container"][0], next(iter(prepare)), "fp32", axes["device"][0])
+        tried: set[str] = set()
+        for direction, grain in product(axes["direction"], flows[flow].prepare):
+            reason = _expected(models[name], flow, direction, grain)
+            if reason is not None and reason not in tried and grain in axes["granularity"]:
+                tried.add(reason)
+                yield Cell(name, flow, direction, axes["container"][0], grain, axes["dtype"][0], axes["device"][0])
 
 
 # --- what cannot occur ------------------------------------------------------------------------------------------------
@@ -164,16 +166,17 @@ def _wanted_flow(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[
         return None if flow.name in model.prepare else "the flow is another model's own"
     if not _matches(flow.name, model.flows):
         return "the model's declaration leaves the flow out"
-    if "direction" in chosen and _expected(model, flow.name, chosen["direction"]):
-        return "the declaration says that it is refused"
-    return None
+    if not {"direction", "granularity"} <= set(chosen):
+        return None
+    declared = _expected(model, flow.name, chosen["direction"], chosen["granularity"])
+    return "the declaration says that it is refused" if declared else None
 
 
 def _own_donor(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[str, Flow]) -> str | None:
     if chosen.get("direction") != "transfer" or not {"model", "flow"} <= set(chosen):
         return None
     donor = donor_of(flows[chosen["flow"]])
-    refused = declared_reason(models[chosen["model"]].refused, donor.name, "load")
+    refused = declared_reason(models[chosen["model"]].refused, donor.name, "load", next(iter(donor.prepare)))
     return "the flow of origin is refused, as declared" if refused else None
 
 

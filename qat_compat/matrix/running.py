@@ -64,8 +64,9 @@ def run_cell(cell: Cell, declared: QATModel, flow: Flow, folder: Path) -> Outcom
 
 def _judged(case: Case) -> tuple[str, str]:
     cell, declared = case.cell, case.declared
-    refused = declared_reason(declared.refused, cell.flow, cell.direction)
-    unsupported = declared_reason(declared.unsupported, cell.flow, cell.direction)
+    where = (cell.flow, cell.direction, cell.granularity)
+    refused = declared_reason(declared.refused, *where)
+    unsupported = declared_reason(declared.unsupported, *where)
     try:
         _check(case)
     except (NotApplicable, Refused) as error:

@@ -47,8 +47,9 @@ class QATModel:
         skip: Modules that eager and FX mode leave in float.
         flows: Globs of the flows that are tried.
         prepare: Own flows, by name: a function from the float model to the prepared one.
-        refused: Glob over `flow/direction` -> regex of the error with which the framework itself refuses this model. If
-            given, these cells must be refused so, and any other refusal is a failure; if not, each is shown as one.
+        refused: Glob over `flow/direction/granularity` (or its beginning) -> regex of the error with which the
+            framework itself refuses this model. If given, these cells must be refused so, and any other refusal is a
+            failure; if not, each is shown as one.
         unsupported: The same for what this package refuses. Such a cell fails once it works; any other refusal of a
             direction that everyone needs is a failure anyway.
         witness: Whether loads are given the float model (`float_model=`), because the names alone do not tell.

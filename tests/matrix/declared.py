@@ -16,6 +16,7 @@ from zoo import ARCHS, MTCNN, NETWORKS, minilm, minilm_file
 from qat_compat.testing import QATModel
 
 _NO_LINEAR = {"torchao-*": "no linear layer"}
+_TRANSPOSED = {"eager-*/converted/per_channel": "Per Channel Quantization is currently disabled for transposed conv"}
 _ITERATES = {"fx-*": "Proxy object cannot be iterated"}
 _VARIADIC = {"fx-*": "co_varnames is too small"}
 # What torch's own flows refuse; of FX it is mostly that its symbolic tracing cannot follow a forward.
@@ -25,9 +26,9 @@ REFUSED = {
     "unordered": {},
     "crossed": {},
     "depthwise": _NO_LINEAR,
-    "transposed": {**_NO_LINEAR, "fx-*": "Fusing ConvTranspose.BatchNorm not yet supported"},
+    "transposed": {**_NO_LINEAR, **_TRANSPOSED, "fx-*": "Fusing ConvTranspose.BatchNorm not yet supported"},
     "conv1d": _NO_LINEAR,
-    "unet": _NO_LINEAR,
+    "unet": {**_NO_LINEAR, **_TRANSPOSED},
     "repvgg": {},
     "lstm": {},
     "transformer": {},

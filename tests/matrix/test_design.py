@@ -69,7 +69,11 @@ def test_every_declared_refusal_is_tried() -> None:
     cells = plan_matrix(_models(), "full").cells
     for model in DECLARED.values():
         for glob in [*(model.refused or {}), *model.unsupported]:
-            tried = [c for c in cells if c.model == model.name and declared_reason({glob: "x"}, c.flow, c.direction)]
+            tried = [
+                c
+                for c in cells
+                if c.model == model.name and declared_reason({glob: "x"}, c.flow, c.direction, c.granularity)
+            ]
             assert tried, (model.name, glob)
 
 

@@ -104,6 +104,8 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
         "framework": source.schema.framework,
         "stage": source.schema.stage.value,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
+        **({"grids": dict(source.schema.grids)} if source.schema.grids else {}),
+        **({"aliases": aliases} if (aliases := _aliases(source.description)) else {}),
         **({"hidden": hidden} if hidden else {}),
         **({"extra_state": extra} if extra else {}),
     }
@@ -111,6 +113,11 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
     assert isinstance(obj, nn.Module)
     versions = getattr(obj.state_dict(), "_metadata", None)
     return save(tensors, path, versions=versions, record=record, backup=backup)
+
+
+def _aliases(description: Description) -> dict[str, str]:
+    """Further names of a quantizer that stands under several -> its first one."""
+    return {name: quantizer.name for quantizer in description.quantizers for name in quantizer.names[1:]}
 
 
 def _float_sites(source: Source) -> dict[str, str]:

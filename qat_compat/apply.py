@@ -102,40 +102,55 @@ def _set_hidden(description: Description, staged: Staged) -> None:
         by_name[name].restore(leaf, value)
 
 
-def _chosen(plan: Plan, description: Description) -> tuple[list[Quantizer], list[Quantizer], list[Quantizer]]:
-    """Quantizers that take their range from weights, from data, and those that only recompute scale and zero_point."""
+@dataclass(frozen=True)
+class _Chosen:
+    """What each quantizer is to do: take its range from weights or data, compute its scale from its range, or the
+    range from its scale."""
+
+    from_weights: list[Quantizer]
+    from_data: list[Quantizer]
+    settled: list[Quantizer]
+    spanned: list[Quantizer]
+
+
+def _chosen(plan: Plan, description: Description) -> _Chosen:
     how: dict[str, How] = {}
-    derived: set[str] = set()
+    settled: set[str] = set()
+    spanned: set[str] = set()
     for step in plan.steps:
         if isinstance(step, Synthesize):
             how[step.quantizer] = step.how
         elif isinstance(step, Derive) and not step.value:
-            derived.add(description.schema[step.key].quantizer)
+            entry = description.schema[step.key]
+            (spanned if entry.role in (Role.MIN, Role.MAX) else settled).add(entry.quantizer)
     every = description.quantizers
-    return (
+    return _Chosen(
         [q for q in every if how.get(q.name) is How.WEIGHTS],
         [q for q in every if how.get(q.name) is How.CALIBRATION],
-        [q for q in every if q.name in derived],
+        [q for q in every if q.name in settled],
+        [q for q in every if q.name in spanned],
     )
 
 
 def _synthesize(plan: Plan, description: Description, driving: Driving) -> int:
-    from_weights, from_data, derived = _chosen(plan, description)
+    chosen = _chosen(plan, description)
     batches = 0
-    if from_data:
+    if chosen.from_data:
         assert driving.data is not None
         batches = drive(
             description,
-            [*from_weights, *from_data],
+            [*chosen.from_weights, *chosen.from_data],
             driving.data,
             inputs=driving.inputs,
             statistic=driving.statistic,
             advance=driving.advance,
         )
     else:
-        observe_weights(from_weights)
-    for quantizer in derived:
+        observe_weights(chosen.from_weights)
+    for quantizer in chosen.settled:
         quantizer.settle()
+    for quantizer in chosen.spanned:
+        quantizer.span()
     return batches
 
 

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
 from qat_compat.frameworks import Needs, Quantizer
-from qat_compat.names import canonical, canonical_path, is_positional
+from qat_compat.names import canonical, canonical_path, canonical_site, is_positional
 from qat_compat.norms import Match
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
 from qat_compat.schema import Entry, Role, Spec
 
 __all__ = ["quantizer_entries"]
 
-_CARRIED = (Role.MIN, Role.MAX)
+_RANGE = (Role.MIN, Role.MAX)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The source's state of one quantizer.
+
+    Args:
+        name: The quantizer's name there.
+        leaves: leaf -> source key.
+    """
+
+    name: str
+    leaves: Mapping[str, str]
 
 
 def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> None:
-    source_groups = _source_groups(draft, quantizers, match)
+    origins = _origins(draft, quantizers, match)
     foreign = any(
         origin is not None and quantizer.needs is Needs.WEIGHTS and _granularity_differs(draft, quantizer, origin)
-        for quantizer, origin in source_groups
+        for quantizer, origin in origins
     )
     mine = draft.target.by_quantizer()
-    for quantizer, origin in source_groups:
+    for quantizer, origin in origins:
         keys = mine.get(quantizer.name, [])
         if origin is None:
             _synthesize(draft, quantizer, keys, "")
@@ -35,57 +49,65 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
             _carry(draft, quantizer, keys, origin, foreign)
 
 
-def _source_groups(
-    draft: Draft, quantizers: Sequence[Quantizer], match: Match
-) -> list[tuple[Quantizer, Mapping[str, str] | None]]:
-    """Each quantizer of the target with the source's state of it: leaf -> source key."""
-    leaves: dict[str, dict[str, str]] = {}
+def _origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> list[tuple[Quantizer, _Origin | None]]:
+    """Each quantizer of the target with the source's state of it: by site, then by name.
+
+    Names that number quantizers mean something in one graph only, and sites of activations only where a system that
+    knew them wrote them down; the site of a weight is its module's name in every framework.
+    """
+    found: dict[str, _Origin] = {}
     by_site: dict[str, list[str]] = {}
     for name, keys in draft.source.by_quantizer().items():
-        leaves[name] = {draft.source[key].leaf: key for key in keys}
-        by_site.setdefault(draft.source[keys[0]].site, []).append(name)
-    plain = {canonical_path(name.removeprefix(match.prefix)): name for name in leaves}
+        found[name] = _Origin(name, {draft.source[key].leaf: key for key in keys})
+        by_site.setdefault(canonical_site(draft.source[keys[0]].site, match.prefix), []).append(name)
+    plain = {canonical_path(name.removeprefix(match.prefix)): name for name in found}
     numbered = {name for name in plain if is_positional(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
-    same_graph = numbered == {name for name in wanted if is_positional(name)}
-    same_flow = draft.source.recorded and draft.source.framework == draft.target.framework
-    sites = Counter(quantizer.site for quantizer in quantizers)
+    same_flow = draft.source.framework == draft.target.framework
+    same_graph = same_flow and numbered == {name for name in wanted if is_positional(name)}
+    sites = Counter(canonical_site(quantizer.site, match.target_prefix) for quantizer in quantizers)
     by_number, weights_too = 0, False
-    found: list[tuple[Quantizer, Mapping[str, str] | None]] = []
+    chosen: list[tuple[Quantizer, _Origin | None]] = []
     for quantizer in quantizers:
-        origin: str | None = None
-        at_site = by_site.get(quantizer.site, []) if same_flow else []
-        if len(at_site) == 1 and sites[quantizer.site] == 1:
-            found.append((quantizer, leaves[at_site[0]]))
+        site = canonical_site(quantizer.site, match.target_prefix)
+        known = draft.source.recorded or (quantizer.needs is Needs.WEIGHTS and not same_flow)
+        known &= same_flow or not site.startswith("node:")
+        at_site = by_site.get(site, []) if known else []
+        if len(at_site) == 1 and sites[site] == 1:
+            chosen.append((quantizer, found[at_site[0]]))
             continue
-        for name in quantizer.names:
+        origin: str | None = None
+        for name in quantizer.names if same_flow or not draft.source.recorded else ():
             form = canonical_path(name.removeprefix(match.target_prefix))
-            if name in leaves and (same_graph or not is_positional(form)):
-                origin = name
-            elif form in plain and (same_graph or not is_positional(form)):
-                origin = plain[form]
+            if same_graph or not is_positional(form):
+                origin = name if name in found else plain.get(form)
             if origin is not None:
                 break
         if origin is not None and is_positional(canonical_path(quantizer.name)):
             by_number += 1
             weights_too |= quantizer.needs is Needs.WEIGHTS
-        found.append((quantizer, leaves[origin] if origin is not None else None))
+        chosen.append((quantizer, found[origin] if origin is not None else None))
     if weights_too:  # a number that is off by one gives a weight another's range
         draft.warnings.append(
             f"{by_number} quantizers are matched by their number, which exporters of other versions may give otherwise;"
             " files that save_checkpoint writes say what each one quantizes"
         )
-    return found
+    return chosen
 
 
-def _spec_of(draft: Draft, origin: Mapping[str, str], role: Role) -> Spec | None:
-    for key in origin.values():
-        if draft.source[key].role is role:
-            return draft.source[key].spec
-    return None
+def _key_of(draft: Draft, origin: _Origin, role: Role) -> str | None:
+    """The source's only tensor of a role in a quantizer; what is computed goes before what it is computed from."""
+    keys = [key for key in origin.leaves.values() if draft.source[key].role is role]
+    computed = [key for key in keys if key in draft.source.recipes]
+    return (computed or keys)[0] if len(computed or keys) == 1 else None
 
 
-def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: Mapping[str, str]) -> bool:
+def _spec_of(draft: Draft, origin: _Origin, role: Role) -> Spec | None:
+    key = _key_of(draft, origin, role)
+    return None if key is None else draft.source[key].spec
+
+
+def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: _Origin) -> bool:
     """Whether the source's state has another number of scales than this quantizer must have."""
     expected = quantizer.channels()
     scale = _spec_of(draft, origin, Role.SCALE)
@@ -105,34 +127,60 @@ def _is_old_default(scale: Spec | None) -> bool:
     return scale is None or scale.shape == (1,)
 
 
-def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Mapping[str, str], foreign: bool) -> None:
+def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Origin, foreign: bool) -> None:
     """Take the state that the source holds, as far as it fits this quantizer."""
+    refused = _refused(draft, quantizer, keys, origin)
+    if refused is not None:
+        dropped, reason = refused
+        _drop(draft, origin, dropped)
+        _synthesize(draft, quantizer, keys, reason)
+        return
+    theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
+    same_flow = draft.source.framework == draft.target.framework
+    absent = any(leaf not in origin.leaves for leaf in _observed_leaves(draft, keys))
+    other_grid = theirs != mine if theirs and mine else (foreign or not same_flow) and quantizer.needs is Needs.DATA
+    keeps_range = any(draft.target[key].role is Role.MIN for key in keys)
+    if (absent and (not same_flow or _has_range(draft, origin))) or (other_grid and not keeps_range):
+        _translate(draft, quantizer, keys, origin)
+    else:
+        _carry_leaves(draft, keys, origin, derive=other_grid)
+
+
+def _has_range(draft: Draft, origin: _Origin) -> bool:
+    return all(_key_of(draft, origin, role) is not None for role in _RANGE)
+
+
+def _observed_leaves(draft: Draft, keys: Sequence[str]) -> list[str]:
+    return [draft.target[key].leaf for key in keys if draft.target[key].role.is_observed]
+
+
+def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Origin) -> tuple[str, str] | None:
+    """Why nothing of the source's state can be taken: for its own keys, and for the quantizer's."""
     target = draft.target
-    if quantizer.site.partition(":")[2] in draft.kept_modules:
-        _drop(draft, origin, "its module keeps its own value (keep=)")
-        _synthesize(draft, quantizer, keys, "its module keeps its own value")
-        return
+    if quantizer.site.partition(":")[2].partition("+")[0] in draft.kept_modules:
+        return "its module keeps its own value (keep=)", "its module keeps its own value"
     if _granularity_differs(draft, quantizer, origin):
-        if quantizer.needs is Needs.WEIGHTS:
-            _drop(draft, origin, "another granularity: recomputed from the weights")
-            _synthesize(draft, quantizer, keys, "the source has another granularity")
-            return
-        _drop(draft, origin, "another granularity: cannot be carried")
-        _synthesize(draft, quantizer, keys, "the source has another granularity")
-        return
-    histograms = [key for key in keys if target[key].role is Role.HISTOGRAM]
-    for key in histograms:
-        theirs = origin.get(target[key].leaf)
-        if theirs is None or draft.source[theirs].shape != target[key].shape:
-            why = "no histogram" if theirs is None else f"{draft.source[theirs].shape[0]} histogram bins"
-            _drop(draft, origin, f"another observer ({why}): cannot be carried")
-            _synthesize(draft, quantizer, keys, f"the source has {why}, not {target[key].shape[0]}")
-            return
-    ranges = tuple(origin[leaf] for leaf in origin if draft.source[origin[leaf]].role in _CARRIED)
-    derive = quantizer.needs is Needs.DATA and len(ranges) == 2 and foreign
+        means = "recomputed from the weights" if quantizer.needs is Needs.WEIGHTS else "cannot be carried"
+        return f"another granularity: {means}", "the source has another granularity"
     for key in keys:
-        entry = target[key]
-        theirs = origin.get(entry.leaf)
+        if target[key].role is Role.HISTOGRAM:
+            spec = _spec_of(draft, origin, Role.HISTOGRAM)
+            if spec is None or spec.shape != target[key].shape:
+                why = "no histogram" if spec is None else f"{spec.shape[0]} histogram bins"
+                return (
+                    f"another observer ({why}): cannot be carried",
+                    f"the source has {why}, not {target[key].shape[0]}",
+                )
+    return None
+
+
+def _carry_leaves(draft: Draft, keys: Sequence[str], origin: _Origin, *, derive: bool) -> None:
+    """Take the state of a quantizer of the same make, leaf by leaf."""
+    ranges = tuple(key for key in origin.leaves.values() if draft.source[key].role in _RANGE)
+    derive = derive and len(ranges) == 2
+    for key in keys:
+        entry = draft.target[key]
+        theirs = origin.leaves.get(entry.leaf)
         if derive and entry.role in (Role.SCALE, Role.ZERO_POINT):
             draft.steps[key] = Derive(key, ranges, "min/max carried over, on this quantizer's own grid")
             if theirs is not None:
@@ -141,15 +189,54 @@ def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Mapp
             draft.copy(key, theirs, "same quantizer")
         elif entry.role in (Role.ENABLED, Role.EPS, Role.CONSTANT, Role.BUFFER):
             draft.steps[key] = Keep(key, "not in the source: the quantizer's own setting")
-        elif entry.role in (Role.SCALE, Role.ZERO_POINT) and len(ranges) == 2:
-            draft.steps[key] = Derive(key, ranges, "from min/max of the source")
         else:
-            detail = f"the source has other state of {quantizer.name}, but not this"
+            detail = f"the source has other state of {entry.quantizer}, but not this"
             draft.problem(ProblemKind.MISSING, key, detail, "drop= the rest of this quantizer to synthesize it")
 
 
-def _drop(draft: Draft, origin: Mapping[str, str], reason: str) -> None:
-    draft.dropped.update({key: Drop(key, reason) for key in origin.values()})
+def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Origin) -> None:
+    """Take the state of a quantizer of another make: its range, or its scale where both have the same integers."""
+    known = {role: key for role in (*_RANGE, Role.SCALE, Role.ZERO_POINT) if (key := _key_of(draft, origin, role))}
+    if "zero_point" in origin.leaves:  # one that is always 0 is a constant of its quantizer
+        known.setdefault(Role.ZERO_POINT, origin.leaves["zero_point"])
+    theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
+    wanted = {draft.target[key].role for key in keys if draft.target[key].role.is_observed}
+    same_integers = (
+        bool(theirs)
+        and theirs.split()[0] == mine.split()[0]
+        and not (theirs.endswith("affine") and mine.endswith("symmetric"))
+    )
+    if _has_range(draft, origin) and Role.MIN in wanted:
+        direct, how = _RANGE, "from the range that the source holds"
+    elif Role.SCALE in known and Role.ZERO_POINT in known and same_integers:
+        direct, how = (Role.SCALE, Role.ZERO_POINT), "the range that scale and zero_point span"
+    else:
+        why = f"the source has the grid {theirs}, not {mine}" if theirs and mine else "the source's grid is not known"
+        _drop(draft, origin, f"{why}: cannot be carried")
+        _synthesize(draft, quantizer, keys, why)
+        return
+    sources = tuple(known[role] for role in direct)
+    for key in keys:
+        role = draft.target[key].role
+        if role in direct and origin.leaves.get(draft.target[key].leaf) == known[role]:
+            draft.copy(key, known[role], "same quantizer")
+        elif role in direct:
+            recipe = draft.source.recipes.get(known[role])
+            where = recipe.sources if recipe else (known[role],)
+            text = recipe.how if recipe else f"{role.value} of {origin.name}"
+            draft.steps[key] = Derive(key, where, text, known[role])
+            draft.used.update((*where, known[role]))
+        elif role.is_observed:
+            draft.steps[key] = Derive(key, sources, how)
+        else:
+            draft.steps[key] = Keep(key, "a setting of the quantizer, not of the checkpoint")
+    for key in origin.leaves.values():
+        if key not in draft.used:
+            draft.dropped[key] = Drop(key, "what it says is carried over in this quantizer's own terms")
+
+
+def _drop(draft: Draft, origin: _Origin, reason: str) -> None:
+    draft.dropped.update({key: Drop(key, reason) for key in origin.leaves.values()})
 
 
 def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason: str) -> None:

@@ -30,8 +30,8 @@ __all__ = [
 _SHOWN_PROBLEMS = 40
 _ALIKE = 3  # so many like problems, and more, are told as one
 _SHOWN_NAMES = 8
-# What varies in the text of like problems: shapes, sites, names and numbers.
-_VARYING = re.compile(r"\w+\[[^\]]*\]|\w+:\w+(?:\.\w+)*|\w+(?:\.\w+)+|\d+")
+# What varies in the text of like problems: what is quoted, shapes, sites, names and numbers.
+_VARYING = re.compile(r"'[^']*'|\w+\[[^\]]*\]|\w+:\w+(?:\.\w+)*|\w+(?:\.\w+)+|\d+")
 
 
 class CompatError(Exception):
@@ -197,5 +197,4 @@ def problem_lines(problems: Sequence[Problem], limit: int = _SHOWN_PROBLEMS) -> 
 
 def _form(problem: Problem) -> tuple[object, ...]:
     """Equal for problems whose texts differ in names, shapes and numbers alone."""
-    own = re.compile(rf"(?<![\w.]){re.escape(problem.key)}(?![\w.])")
-    return problem.kind, *(_VARYING.sub("", own.sub("", text)) for text in (problem.detail, problem.remedy))
+    return problem.kind, _VARYING.sub("", problem.detail), _VARYING.sub("", problem.remedy)

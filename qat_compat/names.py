@@ -13,6 +13,7 @@ __all__ = [
     "Rename",
     "canonical",
     "canonical_path",
+    "canonical_site",
     "common_path",
     "conventional",
     "either",
@@ -54,6 +55,18 @@ def canonical_path(path: str) -> str:
         'body'
     """
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def canonical_site(site: str, prefix: str = "") -> str:
+    """The site of a quantizer without wrapper segments and without a leading path.
+
+    Example:
+        >>> canonical_site("output:module.conv+relu"), canonical_site("weight:net.fc", "net.")
+        ('output:conv+relu', 'weight:fc')
+    """
+    kind, _, path = site.partition(":")
+    host, plus, after = path.removeprefix(prefix).partition("+")
+    return f"{kind}:{canonical_path(host)}{plus}{after}"
 
 
 def is_positional(quantizer: str) -> bool:

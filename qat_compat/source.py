@@ -15,6 +15,7 @@ from qat_compat.frameworks import Description, KeyView, describe_keys, describe_
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import memory_of, split_path
 from qat_compat.storage import Checkpoint, open_source
+from qat_compat.storage.dtensor import undistributed
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
 
@@ -125,6 +126,13 @@ def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:
     sites = record.get("sites")
     if isinstance(sites, Mapping):
         schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()})
+    aliases = record.get("aliases")
+    if isinstance(aliases, Mapping):  # one quantizer under several names is one quantizer
+        entries = {k: replace(e, quantizer=str(aliases.get(e.quantizer, e.quantizer))) for k, e in schema.items()}
+        schema = replace(schema, entries=entries, _by_quantizer={})
+    grids = record.get("grids")
+    if isinstance(grids, Mapping):
+        schema = replace(schema, grids={**schema.grids, **{str(name): str(grid) for name, grid in grids.items()}})
     return schema
 
 
@@ -148,7 +156,7 @@ def _from_module(model: nn.Module) -> Source:
         return _from_converted(description)
     name = f"<{type(model).__name__}>"
     tensors: dict[str, Tensor] = {
-        k: slot.tensor.detach() for k, slot in description.view.slots.items() if slot.persistent
+        k: undistributed(k, slot.tensor.detach()) for k, slot in description.view.slots.items() if slot.persistent
     }
     tensors.update(hidden_state(description))
     extras: dict[str, Any] = {

@@ -102,6 +102,8 @@ def _stage_one(
         return
     value = _read(reading, source)
     slot = slots.get(key)
+    if role.is_observed and slot is not None:  # another framework's shape of the same numbers, (C, 1, 1, 1) of (C,)
+        value = value.reshape(slot.tensor.shape if value.numel() == slot.tensor.numel() else -1)
     if slot is None:
         staged.hidden[key] = value.clone()
         return

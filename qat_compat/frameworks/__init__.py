@@ -119,6 +119,7 @@ def describe_model(model: nn.Module) -> Description:
         frozenset(path for path, module in view.modules.items() if type(module) is nn.Identity),
         _non_persistent(view),
         recorded=True,
+        grids={q.name: grid for q in quantizers if (grid := q.grid())},
     )
     return Description(view, schema, tuple(quantizers), framework)
 

@@ -122,6 +122,14 @@ class Quantizer(ABC):
         """Parameter key -> what the quantizer makes of that parameter, in the parameter's own units."""
         return {}
 
+    def grid(self) -> str:
+        """Its integers and how it centres them, `-128..127 symmetric`; "" where that is not known."""
+        return ""
+
+    def span(self) -> None:
+        """Set what was observed to the range that scale and zero_point span on the grid."""
+        raise NotImplementedError(f"{type(self.module).__name__} keeps no range")
+
     def channels(self) -> int | None:
         """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
         return 1

@@ -106,6 +106,30 @@ class FakeQuant(Quantizer):
     def channels(self) -> int | None:
         return self._channels if self.per_channel else 1
 
+    def grid(self) -> str:
+        qmin, qmax = getattr(self.observer, "quant_min", None), getattr(self.observer, "quant_max", None)
+        if qmin is None or qmax is None:
+            return ""
+        return f"{qmin}..{qmax} {'symmetric' if self._symmetric else 'affine'}"
+
+    @property
+    def _symmetric(self) -> bool:
+        return "symmetric" in str(getattr(self.observer, "qscheme", ""))
+
+    def span(self) -> None:
+        """`(qmin - zero_point) * scale` to `(qmax - zero_point) * scale`; about zero where the grid is symmetric."""
+        scale, zero_point = self.module.scale, self.module.zero_point
+        qmin, qmax = self.observer.quant_min, self.observer.quant_max
+        assert isinstance(scale, Tensor) and isinstance(zero_point, Tensor)
+        if self._symmetric:
+            high = scale * ((qmax - qmin) / 2)
+            low = -high
+        else:
+            low, high = (qmin - zero_point) * scale, (qmax - zero_point) * scale
+        shape = low.shape if self.per_channel else ()
+        for mine, value in ((self.observer.min_val, low), (self.observer.max_val, high)):
+            mine.resize_(shape).copy_(value.reshape(shape))
+
     def _switch(self, name: str, on: bool) -> None:
         flag = getattr(self.module, name, None)
         if isinstance(flag, Tensor):

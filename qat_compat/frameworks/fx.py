@@ -23,13 +23,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import CAPTURED, KeyView, ModelView, is_captured
 from qat_compat.frameworks.fake_quant import FakeQuant, is_fake_quant, is_observer
-from qat_compat.frameworks.torch_ao import TorchAO
+from qat_compat.frameworks.torch_ao import TorchAO, fused_after
 from qat_compat.schema import Role, Schema
 from qat_compat.state import join_path, split_path
 
 _NUMBERED = re.compile(r"(?:^|\.)activation_post_process_\d+\.")
 
-__all__ = ["FX", "graphs_of", "is_exported"]
+__all__ = ["BATCH_NORMS", "FX", "graphs_of", "is_exported"]
+
+BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "native_batch_norm")
 
 
 def is_exported(module: nn.Module) -> bool:
@@ -213,12 +215,17 @@ class FX(TorchAO):
         if producer.op == "placeholder":
             return f"input:{join_path(parent, str(producer.target))}"
         if producer.op == "call_module":
-            return f"output:{join_path(parent, str(producer.target))}"
+            root = producer.graph.owning_module
+            host = root.get_submodule(str(producer.target)) if root is not None else nn.Module()
+            return f"output:{join_path(parent, str(producer.target))}{fused_after(host)}"
+        if (fused := _fused_chain(producer)) is not None:
+            return f"output:{join_path(parent, fused)}"
         # an exported graph says which module a call comes from; only a module that makes one call is named by it
         stack = list((producer.meta.get("nn_module_stack") or {}).values())
         module, kind = stack[-1] if stack else ("", "")
-        name = module if module and str(kind).startswith("torch.nn.modules.") else producer.name
-        return f"output:{join_path(parent, name)}"
+        if module and str(kind).startswith("torch.nn.modules."):
+            return f"output:{join_path(parent, module)}"
+        return f"node:{join_path(parent, producer.name)}"  # a tracer's own number: it names nothing in another graph
 
     def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
         found = dict(super().chains(view, [h for h in hosts if not self._graph_above(view, h)]))
@@ -247,6 +254,30 @@ class FX(TorchAO):
                     if slot is not None and not slot.is_parameter and not _is_statistic(key):
                         found[key] = CAPTURED
         return found
+
+
+_AFTER = {"relu": "+relu", "relu_": "+relu", **dict.fromkeys(BATCH_NORMS, "+bn")}
+
+
+def _fused_chain(node: torch.fx.Node) -> str | None:
+    """The convolution or linear layer of an exported graph that ends in `node`, as the fused module would be named."""
+    after = ""
+    current: object = node
+    while isinstance(current, torch.fx.Node) and current.op == "call_function":
+        name = str(current.target).split(".")[1:2]
+        kind = name[0] if name else ""
+        if kind in _AFTER:
+            after = _AFTER[kind] + after
+        elif kind.startswith(("conv", "linear")) and after:
+            stack = list((current.meta.get("nn_module_stack") or {}).values())
+            module, owner = stack[-1] if stack else ("", "")
+            return f"{module}{after}" if module and str(owner).startswith("torch.nn.modules.") else None
+        elif not (
+            kind in ("div", "add") and "+bn" in after
+        ):  # how the export flow undoes what it multiplied weights by
+            return None
+        current = current.args[0] if current.args else None
+    return None
 
 
 def _is_statistic(key: str) -> bool:

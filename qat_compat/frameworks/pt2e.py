@@ -25,13 +25,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import KeyView, ModelView
-from qat_compat.frameworks.fx import FX, graphs_of, is_exported
+from qat_compat.frameworks.fx import BATCH_NORMS, FX, graphs_of, is_exported
 from qat_compat.schema import Entry, Fused
 from qat_compat.state import split_path
 
 __all__ = ["PT2E"]
-
-_BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "native_batch_norm")
 
 
 class PT2E(FX):
@@ -115,7 +113,7 @@ def _is_batch_norm(node: torch.fx.Node) -> bool:
     return (
         node.op == "call_function"
         and str(node.target).split(".")[1:2] != []
-        and any(str(node.target).split(".")[1] == name for name in _BATCH_NORMS)
+        and any(str(node.target).split(".")[1] == name for name in BATCH_NORMS)
     )
 
 

@@ -77,6 +77,21 @@ def _is_fused_qat(module: nn.Module) -> bool:
     return "weight_fake_quant" in module._modules and isinstance(module._modules.get("bn"), _BatchNorm)
 
 
+def fused_after(module: nn.Module) -> str:
+    """What a fused module does after its host, so that the site of its output names one tensor in every flow.
+
+    Example:
+        >>> import torch.ao.nn.intrinsic.qat as nniqat
+        >>> qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+        >>> fused_after(nniqat.ConvBnReLU2d(1, 2, 1, qconfig=qconfig)), fused_after(nn.Conv2d(1, 2, 1))
+        ('+bn+relu', '')
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("torch.ao.nn.intrinsic."):
+        return ""
+    return ("+bn" if "Bn" in kind.__name__ else "") + ("+relu" if "ReLU" in kind.__name__ else "")
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     """A `QuantWrapper`, which preparing a model puts around it or around its layers."""
     return has_base(module, "QuantWrapper")
@@ -124,7 +139,7 @@ class TorchAO(Framework):
             factor = (lambda: norm_factor(host)) if _is_fused_qat(host) else None
             key = join_path(parent, "weight")
             return FakeQuant(names, module, f"weight:{parent}", lambda: quantized_weight(host), channels, key, factor)
-        return FakeQuant(names, module, f"output:{parent}")
+        return FakeQuant(names, module, f"output:{parent}{fused_after(host)}")
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
         role = LEAVES.get(leaf, Role.BUFFER)

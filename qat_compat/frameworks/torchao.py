@@ -121,12 +121,27 @@ class IntxQuantizer(Quantizer):
                 setattr(module, name, old)
         return value
 
+    def grid(self) -> str:
+        from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
+
+        config: Any = getattr(self.module, "config", None)
+        bounds = _DTYPE_TO_QVALUE_BOUNDS.get(getattr(config, "dtype", None))
+        return "" if bounds is None else f"{bounds[0]}..{bounds[1]} {'symmetric' if config.is_symmetric else 'affine'}"
+
     def channels(self) -> int | None:
-        return None
+        """One scale per row and group of a weight; a static activation quantizer has what its first batch gives."""
+        granularity: Any = getattr(getattr(self.module, "config", None), "granularity", None)
+        if not self._is_weight or granularity is None:
+            return None
+        rows, columns = _weight_of(self._host).shape
+        return int(rows * (columns // getattr(granularity, "group_size", columns)))
 
     def restore(self, leaf: str, value: Tensor) -> None:
         module: Any = self.module
         module._initialized = True
+        if self._is_weight:  # one number per row or group, in whatever shape another framework has them
+            precision = getattr(module.config, f"{leaf}_precision")
+            value = value.reshape(len(_weight_of(self._host)), -1).to(precision)
         setattr(module, leaf, nn.Parameter(value) if self.learns and value.is_floating_point() else value)
         if leaf == "scale" and module.zero_point is None:
             module.zero_point = torch.zeros_like(value, dtype=module.config.zero_point_precision)

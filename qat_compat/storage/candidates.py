@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qat_compat.errors import CheckpointError, LimitError
+from qat_compat.storage.dtensor import undistributed
 from qat_compat.storage.lazy import HeldTensor, LazyTensor, LazyTensors
 from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import OWN, NumpyArray, Opaque
@@ -87,6 +88,9 @@ def weights_of(node: object) -> Weights:
 
 
 def _add(key: str, value: object, weights: Weights) -> None:
+    value = undistributed(key, value)
+    if isinstance(value, torch.Tensor) and (value.layout is not torch.strided or value.is_nested):
+        raise _not_dense(key, value)
     if (inner := inner_tensors(key, value)) is not None:
         tensors, weights.attributes[key] = inner
         for name, part in tensors.items():
@@ -102,6 +106,17 @@ def _add(key: str, value: object, weights: Weights) -> None:
                 _add(f"{key}.{index}", member, weights)
     elif value is not None:
         weights.extra[key] = plain(value)
+
+
+def _not_dense(key: str, tensor: torch.Tensor) -> CheckpointError:
+    what = "nested" if tensor.is_nested else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    return CheckpointError(
+        f"a tensor cannot be read: it is {what}",
+        key=key,
+        expected="a dense tensor",
+        found=what,
+        remedy="pass its parts under names of their own" if tensor.is_nested else "pass `tensor.to_dense()` instead",
+    )
 
 
 def _taken(key: str) -> CheckpointError:

@@ -37,6 +37,11 @@ class Checkpoint(Mapping[str, Tensor]):
             `tensors` (part -> key), `block_size` and whatever else its class keeps.
         notes: What had to be decided while opening (which of two sets of weights, say), for the report.
         alias: Tells which memory a key's tensor is, see :meth:`alias`.
+
+    Once it is opened by :func:`qat_compat.open_checkpoint`, `framework` names whose layout the keys are ("plain",
+    "torch_ao", ...) and `stage` is a value of :class:`qat_compat.schema.Stage`: "float", "folded", "prepared" or
+    "converted". What leaves no trace in the keys is known only of a module and of what this package saved: the bare
+    state_dict of a model whose quantizers are all dynamic is "float", and so is one with folded normalizations.
     """
 
     def __init__(

@@ -176,7 +176,8 @@ def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
 
 def _recorded_attributes(record: dict[str, Any]) -> dict[str, Any]:
     attributes = record.pop("attributes", None)
-    return attributes if isinstance(attributes, dict) else {}
+    found = attributes if isinstance(attributes, dict) else {}
+    return {name: about for name, about in found.items() if isinstance(about, dict)}
 
 
 def _reader(weights: Weights, name: str) -> Any:

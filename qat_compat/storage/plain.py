@@ -30,6 +30,7 @@ _SCALARS = (
     torch.qscheme,
     torch.memory_format,
 )
+_NAMED = (Global, StorageType, TypedStorage)
 
 
 def plain(value: object) -> Any:
@@ -65,6 +66,8 @@ class _Plain:
             raise _too_much(f"more than {_MAX_NODES} values once shared parts are written out")
         if isinstance(value, _SCALARS):
             return value
+        if isinstance(value, _NAMED):  # tuples, but no containers
+            return _leaf(value)
         if isinstance(value, (Mapping, list, tuple, set, frozenset, Opaque, argparse.Namespace)):
             return self._container(value)
         return _leaf(value)

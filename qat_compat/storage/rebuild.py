@@ -186,8 +186,9 @@ def _first(value: Any, *_: Any) -> Any:
 
 def _from_type(function: Any, cls: Any, args: Any, state: Any) -> Any:
     made = construct(function, tuple(args))
-    if isinstance(made, Unreadable) and isinstance(state, dict):
-        made.parts = state
+    if isinstance(made, Unreadable):
+        halves = state if isinstance(state, tuple) else (state,)  # (__dict__, slots) of a class with slots
+        made.parts = {name: value for half in halves if isinstance(half, dict) for name, value in half.items()}
     return made
 
 

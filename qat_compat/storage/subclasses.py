@@ -13,14 +13,14 @@ absent where a header leaves them out), `tensors` (part -> key), and what else t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat_compat.errors import CheckpointError
+from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.schema import Spec
 from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.plain import plain
@@ -41,6 +41,7 @@ _FIELDS = {"Float8MMConfig": ("emulate", "use_fast_accum", "pad_inner_dim")}
 # Names that a header has for the dtype that a tensor stands for; else its scales have that dtype.
 _DTYPES = ("dtype", "orig_dtype")
 _SCALES = ("scale", "group_scale", "scale_and_zero")
+_MAX_NODES, _MAX_DEPTH = 10_000, 32
 _ONE_EACH = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)  # data of these dtypes is not packed
 
 
@@ -76,11 +77,12 @@ def inner_tensors(key: str, value: object) -> tuple[dict[str, Any], dict[str, An
         if isinstance(value, Unreadable):
             raise _no_plain_form(key, value)
         return None
-    others = {part: _value(other) for part, other in parts.items() if part not in tensors and part not in _DESCRIBED}
+    convert = _Conversion().value
+    others = {part: convert(other) for part, other in parts.items() if part not in tensors and part not in _DESCRIBED}
     attributes = {
         "class": name,
         "shape": list(spec.shape),
-        "dtype": _value(spec.dtype),
+        "dtype": _name(spec.dtype),
         "tensors": {part: flat_key(key, part) for part in tensors},
         **{part: other for part, other in others.items() if other is not None and not part.startswith("_")},
     }
@@ -134,10 +136,11 @@ def from_headers(
 
 def _from_json(key: str, entry: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
     data = entry.get("_data")
-    values = {name: _untagged(value) for name, value in data.items()} if isinstance(data, dict) else {}
+    convert = _Conversion().untagged
+    values = {name: convert(value) for name, value in data.items()} if isinstance(data, dict) else {}
     keys = {str(part): flat_key(key, str(part)) for part in entry["_tensor_data_names"]}
     found = {part: specs[flat] for part, flat in keys.items() if flat in specs}
-    scales = [_value(found[name].dtype) for name in _SCALES if name in found]
+    scales = [_name(found[name].dtype) for name in _SCALES if name in found]
     dtype = next((values[name] for name in _DTYPES if values.get(name)), scales[0] if scales else None)
     stored = next((spec for part, spec in found.items() if part == "qdata" and spec.dtype in _ONE_EACH), None)
     shape = values.get("shape") or (list(stored.shape) if stored is not None else None)
@@ -146,59 +149,88 @@ def _from_json(key: str, entry: Mapping[str, Any], specs: Mapping[str, Spec]) ->
     return {name: value for name, value in (described | others).items() if value is not None}
 
 
-def _untagged(value: Any) -> Any:
-    """A value as torchao's JSON has it: `{"_type": ..., "_data": ...}` around whatever is no JSON value itself."""
-    if isinstance(value, list):
-        return [_untagged(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) != {"_type", "_data"}:
-        return {str(name): _untagged(item) for name, item in value.items()}
-    inner = value["_data"]
-    if isinstance(inner, dict):
-        return {"class": value["_type"], **{name: _untagged(item) for name, item in inner.items()}}
-    return inner
+def _name(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
 
 
-def _value(value: Any) -> Any:
-    """A value of a live object or of a pickle's stand-in in the same form."""
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, (torch.dtype, torch.layout)):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, Opaque):
-        return _stand_in(value)
-    if isinstance(value, Global):
-        return value.path
-    if isinstance(value, Mapping):
-        return {str(name): _value(item) for name, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _value(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"class": type(value).__name__, **fields}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {"class": type(value).__name__, **{name: _value(item) for name, item in value._asdict().items()}}
-    if isinstance(value, (list, tuple)):
-        return [_value(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(plain(value))
+class _Conversion:
+    """The attributes of one tensor as JSON values; what they may hold is bounded, since a file can nest without end."""
 
+    def __init__(self) -> None:
+        self.nodes = 0
+        self.depth = 0
 
-def _stand_in(value: Opaque) -> Any:
-    name = value.cls.rpartition(".")[2]
-    attributes = value.attributes()
-    if attributes or not value.args:
-        return {"class": name, **{str(field): _value(item) for field, item in attributes.items()}}
-    if name in _FIELDS and len(value.args) == len(_FIELDS[name]):
-        return {"class": name, **dict(zip(_FIELDS[name], map(_value, value.args), strict=True))}
-    if len(value.args) == 1:  # the member of an enumeration that has this value
-        (member,) = value.args
-        return member.upper() if isinstance(member, str) else _MEMBERS.get(name, {}).get(member, _value(member))
-    if value.cls == "builtins.getattr" and isinstance(
-        value.args[1], str
-    ):  # a member by its name, as Python 3.11.0 has it
-        return value.args[1]
-    return {"class": name, "args": [_value(item) for item in value.args]}
+    def untagged(self, value: Any) -> Any:
+        """From torchao's JSON, which has `{"_type": ..., "_data": ...}` around whatever is no JSON value itself."""
+        return self._bounded(self._untagged, value)
+
+    def value(self, value: Any) -> Any:
+        """From a live object, or from what stands for it in a pickle."""
+        return self._bounded(self._value, value)
+
+    def _bounded(self, convert: Callable[[Any], Any], value: Any) -> Any:
+        self.nodes += 1
+        self.depth += 1
+        if self.nodes > _MAX_NODES or self.depth > _MAX_DEPTH:
+            raise LimitError(
+                "the attributes of a tensor subclass are larger or deeper than any class of torchao has them",
+                expected=f"at most {_MAX_NODES} values and {_MAX_DEPTH} levels",
+                found=f"{self.nodes} values, {self.depth} levels",
+                remedy="this is no file of torchao; do not use it",
+            )
+        converted = convert(value)
+        self.depth -= 1
+        return converted
+
+    def _untagged(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.untagged(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if set(value) != {"_type", "_data"}:
+            return {str(name): self.untagged(item) for name, item in value.items()}
+        inner = value["_data"]
+        if isinstance(inner, dict):
+            return {"class": str(value["_type"]), **{name: self.untagged(item) for name, item in inner.items()}}
+        return self.untagged(inner)
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, (torch.dtype, torch.layout)):
+            return _name(value)
+        if isinstance(value, Opaque):
+            return self._stand_in(value)
+        if isinstance(value, Global):
+            return value.path
+        if isinstance(value, Mapping):
+            return {str(name): self.value(item) for name, item in value.items()}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {field.name: self.value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return {"class": type(value).__name__, **fields}
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            fields = {name: self.value(item) for name, item in value._asdict().items()}
+            return {"class": type(value).__name__, **fields}
+        if isinstance(value, (list, tuple)):
+            return [self.value(item) for item in value]
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        return str(plain(value))
+
+    def _stand_in(self, value: Opaque) -> Any:
+        name = value.cls.rpartition(".")[2]
+        attributes, args = value.attributes(), value.args
+        if attributes or not args:
+            return {"class": name, **{str(field): self.value(item) for field, item in attributes.items()}}
+        if name in _FIELDS and len(args) == len(_FIELDS[name]):
+            return {"class": name, **dict(zip(_FIELDS[name], map(self.value, args), strict=True))}
+        if len(args) == 1 and isinstance(args[0], str):  # the member of an enumeration that has this value
+            return args[0].upper()
+        if len(args) == 1 and isinstance(args[0], int):
+            return _MEMBERS.get(name, {}).get(args[0], args[0])
+        if value.cls == "builtins.getattr" and len(args) == 2 and isinstance(args[1], str):
+            return args[1]  # a member by its name, as some versions of Python pickle it
+        return {"class": name, "args": [self.value(item) for item in args]}
 
 
 def _no_plain_form(key: str, tensor: Unreadable) -> CheckpointError:

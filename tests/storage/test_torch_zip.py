@@ -191,6 +191,16 @@ def test_objects_of_unknown_classes_stand_beside_the_weights(tmp_path: Path) -> 
     assert "ghost_package" not in sys.modules
 
 
+def test_classes_and_functions_beside_the_weights_are_their_names(tmp_path: Path) -> None:
+    about = {"activation": nn.functional.relu, "norm": nn.BatchNorm2d, "storage": torch.FloatStorage}
+    torch.save({"model": {"w": torch.ones(2)}, **about}, tmp_path / "f.pt")
+    assert open_source(tmp_path / "f.pt").metadata == {
+        "activation": "torch.nn.functional.relu",
+        "norm": "torch.nn.modules.batchnorm.BatchNorm2d",
+        "storage": "<float32 storage>",
+    }
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -266,6 +276,13 @@ def test_tensors_without_a_plain_form(tmp_path: Path, value: Tensor, word: str) 
         open_source(tmp_path / "f.pt")["fc.weight"]
     assert error.value.key == "fc.weight"
     assert error.value.remedy
+
+
+@pytest.mark.parametrize("value", [torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr()], ids=["coo", "csr"])
+def test_tensors_in_memory_without_a_plain_form(value: Tensor) -> None:
+    with pytest.raises(CheckpointError, match="sparse") as error:
+        open_source({"fc.weight": value, "fc.bias": torch.ones(2)})
+    assert error.value.key == "fc.weight"
 
 
 def test_files_of_the_other_byte_order(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torchao.quantization as ao
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -141,6 +143,20 @@ def test_shards(tmp_path: Path) -> None:
     assert qc.open_checkpoint(tmp_path).attributes == qc.open_checkpoint(state).attributes
 
 
+@pytest.mark.parametrize("size", [8, 64, 256])
+def test_a_folder_of_torch_distributed(tmp_path: Path, size: int) -> None:
+    """The index says what the tensor stands for; the shard holds what it is, at any size."""
+    model = nn.Sequential(nn.Linear(size, size))
+    ao.quantize_(model, ao.Int8WeightOnlyConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    found, expected = qc.open_checkpoint(tmp_path), qc.open_checkpoint(model)
+    assert list(found) == list(expected)
+    assert found.attributes == expected.attributes
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_tied_subclasses_are_tied_inside() -> None:
     weight = TENSORS["int8"]()
     checkpoint = qc.open_checkpoint({"embed.weight": weight, "head.weight": weight})
@@ -152,6 +168,38 @@ def test_a_name_that_is_taken_is_an_error() -> None:
     with pytest.raises(qc.CheckpointError, match="two tensors have one name") as caught:
         qc.open_checkpoint(state)
     assert caught.value.key == "fc._weight_qdata"
+
+
+class Nested:
+    """Pickles as a tensor subclass of torchao with an attribute that is made of lists in lists."""
+
+    def __init__(self, attribute: Any) -> None:
+        self.attribute = attribute
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind, shape = ao.Int8Tensor, torch.Size([2, 2])
+        parts = {"qdata": torch.ones(2, 2, dtype=torch.int8), "block_size": self.attribute}
+        wrapper = (kind, torch.float32, shape, (2, 1), 0, torch.strided, "cpu", False)
+        make = torch._utils._rebuild_wrapper_subclass
+        return torch._tensor._rebuild_from_type_v2, (make, kind, wrapper, parts)
+
+
+def test_attributes_without_end_are_refused(tmp_path: Path) -> None:
+    deep: Any = []
+    wide: Any = [1]
+    for _ in range(300):
+        deep = [deep]
+    for _ in range(20):
+        wide = [wide] * 20  # shared parts: written out, 20 to the power of 20
+    for attribute in (deep, wide):
+        torch.save({"fc.weight": Nested(attribute)}, tmp_path / "f.pt")
+        with pytest.raises(qc.LimitError, match="attributes of a tensor subclass"):
+            qc.open_checkpoint(tmp_path / "f.pt")
+    about = {"_type": "Int8Tensor", "_data": {"block_size": deep}, "_tensor_data_names": ["qdata"]}
+    header = {"tensor_names": '["fc.weight"]', "fc.weight": json.dumps(about)}
+    save_file({"fc._weight_qdata": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "f.safetensors", metadata=header)
+    with pytest.raises(qc.LimitError, match="attributes of a tensor subclass"):
+        qc.open_checkpoint(tmp_path / "f.safetensors")
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from itertools import combinations, product
 
 import pytest
-from declared import DECLARED
+from declared import DECLARED, DEFECTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,11 @@ def test_every_declared_refusal_is_tried() -> None:
                 if c.model == model.name and declared_reason({glob: "x"}, c.flow, c.direction, c.granularity)
             ]
             assert tried, (model.name, glob)
+
+
+def test_every_known_defect_is_tried() -> None:
+    names = [f"{cell.model}/{cell.id}" for cell in plan_matrix(_models(), "full").cells]
+    assert [glob for glob in DEFECTS if not any(fnmatchcase(name, glob) for name in names)] == []
 
 
 @st.composite

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from qat_compat.apply import Driving, apply
-from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, calibrate, fingerprint
 from qat_compat.draft import Goal
+from qat_compat.driving import Data, Inputs
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import float_names, to_float

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qat_compat.calibrate import Data, Inputs, drive, observe_weights
+from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.isolation import preserved_random_state
@@ -55,7 +55,7 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
 
     Raises:
         PlanError: The plan has problems, or the values read show one.
-        CalibrationError: See :func:`qat_compat.calibrate.drive`.
+        CalibrationError: See :func:`qat_compat.driving.drive`.
         QParamError: A scale or zero_point that no quantizer can use.
     """
     description = reading.description

@@ -173,6 +173,8 @@ class Schema(Mapping[str, Entry]):
         recorded: Whether the sites were written down by a system that knew them, rather than read off the keys.
         recipes: Key -> how its tensor is computed; such a key stands for a tensor that the checkpoint holds in
             another form.
+        unreadable: Name of a tensor -> why no recipe gives it, where a framework knows.
+        folds: Whether its conversion folds normalizations into the layers before them.
         doubtful: Keys whose tensors may be out of use, which only the model that wrote them tells.
     """
 
@@ -184,6 +186,8 @@ class Schema(Mapping[str, Entry]):
     non_persistent: frozenset[str] = frozenset()
     recorded: bool = False
     recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
+    unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
+    folds: bool = False
     doubtful: frozenset[str] = frozenset()
     _by_quantizer: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
 

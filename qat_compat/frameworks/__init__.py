@@ -13,8 +13,9 @@ from qat_compat.frameworks.aimet import AIMET
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
-from qat_compat.frameworks.converted import Converted, ConvertedTorchAO
+from qat_compat.frameworks.converted import Converted
 from qat_compat.frameworks.converted_pt2e import ConvertedPT2E
+from qat_compat.frameworks.converted_torchao import ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
 from qat_compat.frameworks.modelopt import ModelOpt
 from qat_compat.frameworks.nncf import NNCF

@@ -39,6 +39,8 @@ class Decoded(NamedTuple):
 class KeyedFramework(Framework):
     """A framework of which only checkpoints are described; its models are read as the modules that they are."""
 
+    folds = False  # whether converting folds normalizations into the layers before them
+
     def owns_model(self, view: ModelView) -> bool:
         return False
 
@@ -53,8 +55,9 @@ class KeyedFramework(Framework):
         """The float model's name of a tensor that is not a quantizer's."""
         return key
 
-    def decoded(self, view: KeyView) -> Mapping[str, Decoded]:
-        """Key -> tensor of the float model that is computed from others; the key may be that of one of them."""
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
+        """Key -> tensor of the float model that is computed from others, or why it cannot be; the key may be that of
+        one of them."""
         return {}
 
     def owns_keys(self, view: KeyView) -> bool:
@@ -72,9 +75,17 @@ class KeyedFramework(Framework):
                 entries[key] = replace(entry, role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             else:
                 entries[key] = Entry(place.site, place.role, *spec, place.quantizer, place.leaf)
-        decoded = self.decoded(view)
+        outcomes = self.decoded(view)
+        decoded = {key: one for key, one in outcomes.items() if isinstance(one, Decoded)}
         recipes = {key: one.recipe for key, one in decoded.items()}
-        return Schema(decoded_entries(entries, decoded), self.name, self.stage(view), recipes=recipes)
+        return Schema(
+            decoded_entries(entries, decoded),
+            self.name,
+            self.stage(view),
+            recipes=recipes,
+            unreadable={key: why for key, why in outcomes.items() if isinstance(why, str)},
+            folds=self.folds,
+        )
 
 
 def decoded_entries(entries: Mapping[str, Entry], decoded: Mapping[str, Decoded]) -> dict[str, Entry]:

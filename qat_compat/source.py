@@ -112,7 +112,13 @@ def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
         checkpoint.record,
         checkpoint.attributes,
         config if isinstance(config, Mapping) else {},
+        {key: tuple(checkpoint[key].tolist()) for key, spec in specs.items() if _is_shape(key, spec)},
     )
+
+
+def _is_shape(key: str, spec: Spec) -> bool:
+    """Whether a tensor is the shape of another one, whose values are packed."""
+    return key.endswith("_shape") and spec.dtype in (torch.int32, torch.int64) and spec.shape in ((2,), (3,))
 
 
 def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:

@@ -143,7 +143,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class KeyView:
-    """What a framework may look at to describe a checkpoint: keys and specs, never tensors.
+    """What a framework may look at to describe a checkpoint: keys and specs, and of its tensors those that are a shape.
 
     Args:
         specs: Key -> shape and dtype.
@@ -152,6 +152,7 @@ class KeyView:
         attributes: Name of a tensor subclass (`fc.weight`) -> `class`, `shape`, `dtype`, `tensors` (part -> key) and
             the attributes of its class, as JSON values; the keys are those of the tensors in it.
         config: `quantization_config` of the `config.json` beside the file.
+        shapes: Key of a tensor that holds a shape (`fc.weight_shape`) -> that shape.
     """
 
     specs: Mapping[str, Spec]
@@ -159,6 +160,7 @@ class KeyView:
     record: Mapping[str, Any] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Framework(ABC):

@@ -5,23 +5,32 @@ What is known here, and what it rests on (compressed-tensors 0.20):
 * Float names stay; beside `weight` a layer has `weight_scale` (out, 1), (out, in/group) or (1,), `weight_zero_point`,
   `input_scale` (1,), `input_zero_point`, and likewise for outputs and for the keys and values of attention.
 * Before compression `weight` is the master weight, in floating point. Compressed, it is int8 or float8
-  (`int-quantized`, `float-quantized`, `naive-quantized`), or gone: `weight_packed` holds 4-bit values (int32 words, or
-  uint8 for NVFP4) and `weight_shape` their true shape, with `weight_g_idx` where columns were reordered.
-* `weight_scale_inv` is the same for 128 x 128 blocks of a float8 weight; `weight_scale_2` is what ModelOpt's export
-  calls NVFP4's `weight_global_scale`.
+  (`int-quantized`, `float-quantized`, `naive-quantized`), or gone: `weight_packed` holds it in int32 words
+  (`pack-quantized`, 1 to 8 bits) or two E2M1 values to a byte (NVFP4, MXFP4), and `weight_shape` its true shape.
+* Decompressed, it is `(q - zero_point) * scale`, computed in the dtype of the scale. The zero points of packed weights
+  are packed themselves, along the rows. NVFP4 divides its scales by `weight_global_scale`; scales of MXFP4 and MXFP8
+  are the exponents of powers of two; these three decompress to bfloat16.
+* `weight_g_idx` (in,) is the group of each column, where columns were reordered; -1 where they were not.
+* `weight_scale_inv` is the same as `weight_scale`, for blocks of a float8 weight; 128 x 128 where neither
+  `weight_block_size` nor `block_structure` says otherwise. `weight_scale_2` is what ModelOpt's export calls NVFP4's global scale.
 * A float model's own tensor may be called `weight_scale` too; what tells is the `quantization_config` beside the file,
   or the tensor's shape and its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from qat_compat.frameworks.base import KeyView
-from qat_compat.frameworks.key_tables import KeyedFramework, Place, holds_integers, site_of
-from qat_compat.schema import Role, Spec, Stage
+from qat_compat import packing
+from qat_compat.frameworks.base import KeyView, plain_entry
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, holds_integers, site_of
+from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
 __all__ = ["CompressedTensors"]
@@ -41,6 +50,8 @@ KINDS = ("weight", "input", "output", "q", "k", "v")
 LEAVES: Mapping[str, tuple[str, Role]] = {f"{k}_{part}": (k, role) for k in KINDS for part, role in PARTS.items()}
 _METHOD = "compressed-tensors"  # `quant_method` of the configuration beside the file
 _COMPRESSED = ("weight_packed", "weight_scale_inv")
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_BLOCK = (128, 128)
 
 
 class CompressedTensors(KeyedFramework):
@@ -64,6 +75,15 @@ class CompressedTensors(KeyedFramework):
         packed = any(key.endswith(_COMPRESSED) for key in view.specs)
         return Stage.CONVERTED if packed or holds_integers(view.specs) else Stage.PREPARED
 
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
+        found: dict[str, Decoded | str] = {}
+        for key, spec in view.specs.items():
+            parent, leaf = split_path(key)
+            if leaf == "weight_packed" or (leaf == "weight" and holds_integers({"weight": spec})):
+                name = join_path(parent, "weight")
+                found[name] = _decode(name, view)
+        return found
+
 
 def _tells(key: str, view: KeyView) -> bool:
     """Whether this is a quantizer's scale for the weight beside it, rather than a tensor of the float model's own."""
@@ -85,3 +105,171 @@ def _tells(key: str, view: KeyView) -> bool:
         or (len(spec.shape) == 2 and spec.shape[0] == rows)
         or (join_path(parent, "weight_zero_point") in view.specs)
     )
+
+
+# --- what a layer's tensors say ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One compressed weight.
+
+    Args:
+        name: Its name in the float model.
+        keys: Part -> key; the part of the values themselves is "weight" or "packed".
+        specs: Part -> spec.
+        schemes: What the configuration says of the weights of the layers that this may be one of.
+        shape: What `weight_shape` says, where there is one.
+    """
+
+    name: str
+    keys: Mapping[str, str]
+    specs: Mapping[str, Spec]
+    schemes: tuple[Mapping[str, Any], ...]
+    shape: tuple[int, ...] | None
+
+    def said(self, what: str) -> list[Any]:
+        """What the schemes say of one thing, each answer once."""
+        found: list[Any] = []
+        for scheme in self.schemes:
+            if scheme.get(what) is not None and scheme[what] not in found:
+                found.append(scheme[what])
+        return found
+
+
+def _layer(name: str, view: KeyView) -> _Layer:
+    keys = {part: f"{name}_{part}" for part in PARTS if f"{name}_{part}" in view.specs}
+    if "packed" not in keys:
+        keys = {"weight": name, **keys}
+    specs = {part: view.specs[key] for part, key in keys.items()}
+    return _Layer(name, keys, specs, tuple(_schemes(name, view.config)), view.shapes.get(f"{name}_shape"))
+
+
+def _schemes(name: str, config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The `weights` of the groups that name the layer, or of all groups, since a class cannot be told from a key."""
+    groups = config.get("config_groups")
+    found = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
+    module = split_path(name)[0]
+    named = [group for group in found if module in (group.get("targets") or ())]
+    for group in named or found:
+        if isinstance(group.get("weights"), Mapping):
+            yield group["weights"]
+    if isinstance(config.get("weight_block_size"), list):  # the "fp8" method of transformers
+        yield {"block_structure": config["weight_block_size"]}
+
+
+def _decode(name: str, view: KeyView) -> Decoded | str:
+    layer = _layer(name, view)
+    if "scale_2" in layer.keys:
+        return "it is in the form of ModelOpt's export, with weight_scale_2, which is not read"
+    scale = layer.specs.get("scale", layer.specs.get("scale_inv"))
+    if scale is None:
+        return f"there is no {name}_scale beside it"
+    values = layer.specs.get("packed", layer.specs.get("weight"))
+    assert values is not None
+    if values.dtype is torch.int32:
+        return _decode_words(layer, values, scale)
+    if values.dtype is torch.uint8:
+        return _decode_fp4(layer, values, scale)
+    return _decode_values(layer, values, scale)
+
+
+def _decode_values(layer: _Layer, values: Spec, scale: Spec) -> Decoded | str:
+    """One element each: int8 or float8."""
+    block = _block(layer, values.shape, scale.shape)
+    if isinstance(block, str):
+        return block
+    exponents = scale.dtype is torch.uint8
+    how = f"{str(values.dtype).removeprefix('torch.')} values times their scale"
+    compute = partial(_from_values, block=block, exponents=exponents)
+    return _recipe(layer, values.shape, torch.bfloat16 if exponents else scale.dtype, how, compute)
+
+
+def _decode_words(layer: _Layer, words: Spec, scale: Spec) -> Decoded | str:
+    """Signed integers in int32 words."""
+    if layer.shape is None:
+        return f"there is no {layer.name}_shape beside it, which says how many values are packed"
+    fitting = {bits for bits in range(1, 9) if packing.packed_size(layer.shape[-1], bits) == words.shape[-1]}
+    said = {bits for bits in layer.said("num_bits") if bits in fitting} or fitting
+    if len(said) != 1:
+        return f"its {words.shape[-1]} words of {layer.shape[-1]} values do not tell of how many bits these are"
+    if layer.shape[:-1] != words.shape[:-1]:
+        return f"its {words} words are not those of the shape {list(layer.shape)} that stands beside them"
+    block = _block(layer, layer.shape, scale.shape) if "g_idx" not in layer.keys else None
+    if isinstance(block, str):
+        return block
+    bits = said.pop()
+    zero = layer.specs.get("zero_point")
+    compute = partial(_from_words, bits=bits, block=block, packed_zero=zero is not None and zero.dtype is torch.int32)
+    return _recipe(layer, layer.shape, scale.dtype, f"{bits}-bit values times their scale", compute)
+
+
+def _decode_fp4(layer: _Layer, pairs: Spec, scale: Spec) -> Decoded | str:
+    """Two E2M1 values to a byte."""
+    shape = (*pairs.shape[:-1], pairs.shape[-1] * 2)
+    group = shape[-1] // scale.shape[-1] if scale.shape else 0
+    exponents = scale.dtype is torch.uint8
+    if scale.shape[:-1] != shape[:-1] or group != (32 if exponents else 16) or group * scale.shape[-1] != shape[-1]:
+        return f"its bytes ({pairs}) and scales ({scale}) are neither NVFP4 nor MXFP4"
+    how = "MXFP4 values times powers of two" if exponents else "NVFP4 values times their scale"
+    return _recipe(layer, shape, torch.bfloat16, how, partial(_from_fp4, exponents=exponents))
+
+
+def _block(layer: _Layer, shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | str | None:
+    """Rows and columns that share a scale, where the shapes alone do not tell; or why they do not fit."""
+    rows, columns = shape[-2:] if len(shape) > 1 else (shape[0], 1)
+    if len(scale) < 2 or scale[-2] == rows:
+        divides = len(scale) < 2 or columns % scale[-1] == 0
+        fits = divides if len(scale) != 1 else scale[0] in (1, rows)
+        return None if fits else f"its {list(scale)} scales do not divide its {list(shape)} values"
+    blocks = [tuple(block) for block in layer.said("block_structure") if len(block) == 2] or [_BLOCK]
+    for block in blocks:
+        if scale[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
+            return int(block[0]), int(block[1])
+    if scale[-2:] == (1, 1):
+        return None
+    return (
+        f"its {list(scale)} scales are not those of blocks of {blocks[0][0]} x {blocks[0][1]} in {list(shape)} values"
+    )
+
+
+def _recipe(layer: _Layer, shape: tuple[int, ...], dtype: torch.dtype, how: str, compute: Any) -> Decoded:
+    parts = tuple(layer.keys)
+
+    def run(*tensors: Tensor) -> Tensor:
+        value: Tensor = compute(dict(zip(parts, tensors, strict=True)))
+        return value
+
+    return Decoded(plain_entry(layer.name, Spec(shape, dtype)), Recipe(tuple(layer.keys.values()), how, run))
+
+
+# --- what they compute to ---------------------------------------------------------------------------------------------
+
+
+def _scale(held: Mapping[str, Tensor], exponents: bool = False) -> Tensor:
+    scale = held["scale"] if "scale" in held else held["scale_inv"]
+    return packing.power_of_two(scale) if exponents else scale
+
+
+def _from_values(held: Mapping[str, Tensor], *, block: tuple[int, int] | None, exponents: bool) -> Tensor:
+    return packing.dequantize(held["weight"], _scale(held, exponents), held.get("zero_point"), block)
+
+
+def _from_words(held: Mapping[str, Tensor], *, bits: int, block: tuple[int, int] | None, packed_zero: bool) -> Tensor:
+    shape = held["shape"].tolist()
+    values, scale, zero = packing.unpack(held["packed"], bits, shape[-1]), _scale(held), held.get("zero_point")
+    if zero is not None and packed_zero:
+        zero = packing.unpack(zero.transpose(-2, -1), bits, shape[-2]).transpose(-2, -1)
+    groups = held.get("g_idx")
+    if groups is not None and bool((groups >= 0).all()):
+        columns = groups.long()
+        scale, zero = scale[..., columns], zero[..., columns] if zero is not None else None
+    return packing.dequantize(values, scale, zero, block)
+
+
+def _from_fp4(held: Mapping[str, Tensor], *, exponents: bool) -> Tensor:
+    values = packing.unpack_fp4(held["packed"] if "packed" in held else held["weight"], torch.bfloat16)
+    scale = _scale(held, exponents).to(torch.bfloat16)
+    if "global_scale" in held:
+        scale = scale / held["global_scale"]
+    return packing.dequantize(values, scale, held.get("zero_point")).to(torch.bfloat16)

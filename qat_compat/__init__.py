@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qat_compat.api import (
     calibrate,
+    convert_checkpoint,
     load_checkpoint,
     open_checkpoint,
     plan_load,
@@ -45,6 +46,7 @@ __all__ = [
     "SaveError",
     "UnsafeCheckpointError",
     "calibrate",
+    "convert_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
     "open_checkpoint",

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat_compat.errors import Problem
-from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Fused, Grid, Role, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
 __all__ = [
@@ -120,6 +120,10 @@ class Quantizer(ABC):
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
         """Parameter key -> what the quantizer makes of that parameter, in the parameter's own units."""
+        return {}
+
+    def grids(self) -> Mapping[str, Grid]:
+        """Parameter key -> the integers that the quantizer rounds that parameter to, where others can take them."""
         return {}
 
     def channels(self) -> int | None:

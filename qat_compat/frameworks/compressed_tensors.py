@@ -12,14 +12,15 @@ What is known here, and what it rests on (compressed-tensors 0.20):
   are the exponents of powers of two; these three decompress to bfloat16.
 * `weight_g_idx` (in,) is the group of each column, where columns were reordered; -1 where they were not.
 * `weight_scale_inv` is the same as `weight_scale`, for blocks of a float8 weight; 128 x 128 where neither
-  `weight_block_size` nor `block_structure` says otherwise. `weight_scale_2` is what ModelOpt's export calls NVFP4's global scale.
+  `weight_block_size` nor `block_structure` says otherwise. `weight_scale_2` is the global scale of NVFP4
+  in ModelOpt's export.
 * A float model's own tensor may be called `weight_scale` too; what tells is the `quantization_config` beside the file,
   or the tensor's shape and its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from qat_compat import packing
 from qat_compat.frameworks.base import KeyView, plain_entry
 from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, holds_integers, site_of
-from qat_compat.schema import Recipe, Role, Spec, Stage
+from qat_compat.schema import Grid, Integers, Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
 __all__ = ["CompressedTensors"]
@@ -120,6 +121,7 @@ class _Layer:
         specs: Part -> spec.
         schemes: What the configuration says of the weights of the layers that this may be one of.
         shape: What `weight_shape` says, where there is one.
+        inputs: What becomes of the layer's inputs, in the words of :class:`Grid`.
     """
 
     name: str
@@ -127,6 +129,7 @@ class _Layer:
     specs: Mapping[str, Spec]
     schemes: tuple[Mapping[str, Any], ...]
     shape: tuple[int, ...] | None
+    inputs: str
 
     def said(self, what: str) -> list[Any]:
         """What the schemes say of one thing, each answer once."""
@@ -142,20 +145,31 @@ def _layer(name: str, view: KeyView) -> _Layer:
     if "packed" not in keys:
         keys = {"weight": name, **keys}
     specs = {part: view.specs[key] for part, key in keys.items()}
-    return _Layer(name, keys, specs, tuple(_schemes(name, view.config)), view.shapes.get(f"{name}_shape"))
+    groups = _groups(split_path(name)[0], view.config)
+    schemes = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
+    if isinstance(view.config.get("weight_block_size"), list):  # the "fp8" method of transformers
+        schemes.append({"block_structure": view.config["weight_block_size"]})
+    static = join_path(split_path(name)[0], "input_scale") in view.specs
+    inputs = {"static"} if static else {_inputs(group.get("input_activations")) for group in groups} or {""}
+    return _Layer(
+        name, keys, specs, tuple(schemes), view.shapes.get(f"{name}_shape"), inputs.pop() if len(inputs) == 1 else "?"
+    )
 
 
-def _schemes(name: str, config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The `weights` of the groups that name the layer, or of all groups, since a class cannot be told from a key."""
+def _groups(module: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The groups that name the layer, or all of them, since a class cannot be told from a key."""
     groups = config.get("config_groups")
     found = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-    module = split_path(name)[0]
-    named = [group for group in found if module in (group.get("targets") or ())]
-    for group in named or found:
-        if isinstance(group.get("weights"), Mapping):
-            yield group["weights"]
-    if isinstance(config.get("weight_block_size"), list):  # the "fp8" method of transformers
-        yield {"block_structure": config["weight_block_size"]}
+    return [group for group in found if module in (group.get("targets") or ())] or found
+
+
+def _inputs(args: Any) -> str:
+    if not isinstance(args, Mapping):
+        return ""
+    known = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    if all(args.get(name) == value for name, value in known.items()):
+        return "symmetric" if args.get("symmetric", True) else "asymmetric"
+    return "otherwise quantized"
 
 
 def _decode(name: str, view: KeyView) -> Decoded | str:
@@ -182,7 +196,10 @@ def _decode_values(layer: _Layer, values: Spec, scale: Spec) -> Decoded | str:
     exponents = scale.dtype is torch.uint8
     how = f"{str(values.dtype).removeprefix('torch.')} values times their scale"
     compute = partial(_from_values, block=block, exponents=exponents)
-    return _recipe(layer, values.shape, torch.bfloat16 if exponents else scale.dtype, how, compute)
+    decoded = _recipe(layer, values.shape, torch.bfloat16 if exponents else scale.dtype, how, compute)
+    if values.dtype is not torch.int8 or block is not None or len(values.shape) != 2:
+        return decoded
+    return decoded._replace(grid=_grid(layer, 8, decoded, lambda held: held["weight"]))
 
 
 def _decode_words(layer: _Layer, words: Spec, scale: Spec) -> Decoded | str:
@@ -198,10 +215,15 @@ def _decode_words(layer: _Layer, words: Spec, scale: Spec) -> Decoded | str:
     block = _block(layer, layer.shape, scale.shape) if "g_idx" not in layer.keys else None
     if isinstance(block, str):
         return block
-    bits = said.pop()
-    zero = layer.specs.get("zero_point")
-    compute = partial(_from_words, bits=bits, block=block, packed_zero=zero is not None and zero.dtype is torch.int32)
-    return _recipe(layer, layer.shape, scale.dtype, f"{bits}-bit values times their scale", compute)
+    bits: int = said.pop()
+    compute = partial(_from_words, bits=bits, block=block)
+    decoded = _recipe(layer, layer.shape, scale.dtype, f"{bits}-bit values times their scale", compute)
+    if block is not None or "g_idx" in layer.keys or len(layer.shape) != 2:
+        return decoded
+    columns = layer.shape[-1]
+    return decoded._replace(
+        grid=_grid(layer, bits, decoded, lambda held: packing.unpack(held["packed"], bits, columns))
+    )
 
 
 def _decode_fp4(layer: _Layer, pairs: Spec, scale: Spec) -> Decoded | str:
@@ -243,6 +265,33 @@ def _recipe(layer: _Layer, shape: tuple[int, ...], dtype: torch.dtype, how: str,
     return Decoded(plain_entry(layer.name, Spec(shape, dtype)), Recipe(tuple(layer.keys.values()), how, run))
 
 
+def _grid(layer: _Layer, bits: int, decoded: Decoded, values: Callable[[Mapping[str, Tensor]], Tensor]) -> Grid:
+    rows, columns = decoded.entry.shape
+    scale = layer.specs["scale"]
+    groups = scale.shape[-1] if len(scale.shape) > 1 else 1
+
+    def integers(*tensors: Tensor) -> Integers:
+        held = dict(zip(layer.keys, tensors, strict=True))
+        found = values(held)
+        zero = _zero_point(held, bits, rows)
+        return Integers(found, _by_row(held["scale"], rows), None if zero is None else _by_row(zero, rows))
+
+    symmetric = True if "zero_point" not in layer.keys else None
+    return Grid(bits, columns // groups, scale.dtype, layer.inputs, symmetric, decoded.recipe.sources, integers)
+
+
+def _by_row(scale: Tensor, rows: int) -> Tensor:
+    return scale.reshape(1, 1).expand(rows, 1) if scale.numel() == 1 else scale.reshape(rows, -1)
+
+
+def _zero_point(held: Mapping[str, Tensor], bits: int, rows: int) -> Tensor | None:
+    """One for each scale; those of packed values are packed themselves, along the rows."""
+    zero = held.get("zero_point")
+    if zero is not None and "packed" in held and zero.dtype is torch.int32:
+        return packing.unpack(zero.transpose(-2, -1), bits, rows).transpose(-2, -1)
+    return zero
+
+
 # --- what they compute to ---------------------------------------------------------------------------------------------
 
 
@@ -255,15 +304,13 @@ def _from_values(held: Mapping[str, Tensor], *, block: tuple[int, int] | None, e
     return packing.dequantize(held["weight"], _scale(held, exponents), held.get("zero_point"), block)
 
 
-def _from_words(held: Mapping[str, Tensor], *, bits: int, block: tuple[int, int] | None, packed_zero: bool) -> Tensor:
-    shape = held["shape"].tolist()
-    values, scale, zero = packing.unpack(held["packed"], bits, shape[-1]), _scale(held), held.get("zero_point")
-    if zero is not None and packed_zero:
-        zero = packing.unpack(zero.transpose(-2, -1), bits, shape[-2]).transpose(-2, -1)
+def _from_words(held: Mapping[str, Tensor], *, bits: int, block: tuple[int, int] | None) -> Tensor:
+    rows, columns = held["shape"].tolist()[-2:]
+    values, scale, zero = packing.unpack(held["packed"], bits, columns), _scale(held), _zero_point(held, bits, rows)
     groups = held.get("g_idx")
     if groups is not None and bool((groups >= 0).all()):
-        columns = groups.long()
-        scale, zero = scale[..., columns], zero[..., columns] if zero is not None else None
+        of = groups.long()
+        scale, zero = scale[..., of], zero[..., of] if zero is not None else None
     return packing.dequantize(values, scale, zero, block)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from qat_compat.errors import CheckpointError
 from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
 from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
-from qat_compat.schema import Recipe, Role, Spec, Stage
+from qat_compat.schema import Grid, Integers, Recipe, Role, Spec, Stage
 from qat_compat.state import join_path
 
 __all__ = ["ConvertedTorchAO"]
@@ -97,7 +97,46 @@ def _decoded(name: str, about: Mapping[str, Any], view: KeyView) -> Decoded:
     parts = dict(_parts(about))
     how = f"{about['class']} dequantized" + (", times act_pre_scale" if _PRE_SCALE in parts else "")
     recipe = Recipe(tuple(parts.values()), how, partial(_dequantized, about, tuple(parts)))
-    return Decoded(plain_entry(name, Spec(_shape(about, view), _dtype(about["dtype"]))), recipe)
+    entry = plain_entry(name, Spec(_shape(about, view), _dtype(about["dtype"])))
+    return Decoded(entry, recipe, _grid(about, parts, recipe, entry.shape, view))
+
+
+def _grid(
+    about: Mapping[str, Any], parts: Mapping[str, str], recipe: Recipe, shape: tuple[int, ...], view: KeyView
+) -> Grid | None:
+    """The integers of the two classes that hold them one by one."""
+    bits = {"Int8Tensor": "int8", "IntxUnpackedToInt8Tensor": about.get("target_dtype")}.get(about["class"])
+    block = about.get("block_size")
+    if bits is None or not block or len(shape) != 2 or _PRE_SCALE in parts or block[0] not in (1, shape[0]):
+        return None
+    if block[0] != 1 and block[1] != shape[1]:
+        return None
+
+    def integers(*tensors: Tensor) -> Integers:
+        held = dict(zip(parts, tensors, strict=True))
+        zero = held.get("zero_point")
+        scale = held["scale"].expand(shape[0], -1)
+        return Integers(held["qdata"], scale, None if zero is None else zero.expand(shape[0], -1))
+
+    symmetric = True if "zero_point" not in parts else None
+    scale = view.specs[parts["scale"]].dtype
+    return Grid(
+        int(str(bits).removeprefix("int")), block[1], scale, _inputs(about), symmetric, recipe.sources, integers
+    )
+
+
+def _inputs(about: Mapping[str, Any]) -> str:
+    """What becomes of the inputs, in the words of :class:`Grid`."""
+    if any(part in _OF_ACTIVATIONS for part in about["tensors"]):
+        return "static"
+    if about.get("activation_quantization"):
+        return "asymmetric"  # int8_asym_per_token, the only one that there is
+    kwargs = about.get("act_quant_kwargs")
+    if not kwargs:
+        return ""
+    per_token = isinstance(kwargs, Mapping) and (kwargs.get("granularity") or {}).get("class") == "PerRow"
+    mapping = kwargs.get("mapping_type", "SYMMETRIC") if per_token else ""
+    return {"SYMMETRIC": "symmetric", "ASYMMETRIC": "asymmetric"}.get(mapping, "otherwise quantized")
 
 
 def _obstacle(about: Mapping[str, Any], view: KeyView) -> str | None:

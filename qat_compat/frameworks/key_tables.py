@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from qat_compat.frameworks.base import CAPTURED, Framework, KeyView, ModelView, Quantizer, is_captured, plain_entry
-from qat_compat.schema import Entry, Recipe, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Grid, Recipe, Role, Schema, Spec, Stage
 from qat_compat.state import split_path
 
 __all__ = ["Decoded", "KeyedFramework", "Place", "decoded_entries", "holds_integers", "site_of"]
@@ -30,10 +30,11 @@ class Place(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A tensor of the float model that the checkpoint holds in another form."""
+    """A tensor of the float model that the checkpoint holds in another form, and the integers in it, if it has any."""
 
     entry: Entry
     recipe: Recipe
+    grid: Grid | None = None
 
 
 class KeyedFramework(Framework):
@@ -83,6 +84,7 @@ class KeyedFramework(Framework):
             self.name,
             self.stage(view),
             recipes=recipes,
+            grids={key: one.grid for key, one in decoded.items() if one.grid is not None},
             unreadable={key: why for key, why in outcomes.items() if isinstance(why, str)},
             folds=self.folds,
         )

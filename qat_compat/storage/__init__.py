@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.find import find_checkpoint
+from qat_compat.storage.folder import new_folder
 from qat_compat.storage.io import open_source, save
 
-__all__ = ["Checkpoint", "find_checkpoint", "open_source", "save"]
+__all__ = ["Checkpoint", "find_checkpoint", "new_folder", "open_source", "save"]

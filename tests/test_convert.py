@@ -261,6 +261,9 @@ def test_what_cannot_be_written_exactly_is_refused(tmp_path: Path) -> None:
     static = converted(ao.Int8StaticActivationInt8WeightConfig(act_quant_scale=torch.full((1, 1), 0.1)))()
     with pytest.raises(qc.PlanError, match=r"quantized in another way \(static\)"):
         qc.convert_checkpoint(static, "compressed-tensors", out)
+    only_inputs = trained(QATConfig(activation_config=per_token(False), step="prepare"))()
+    with pytest.raises(qc.PlanError, match=r"down\.weight: it is what its own quantizers make of it"):
+        qc.convert_checkpoint(only_inputs, "compressed-tensors", out)
     with pytest.raises(qc.CompatError, match="the option is for floats"):
         qc.convert_checkpoint(model, "compressed-tensors", out, like=net())
     with pytest.raises(qc.SaveError, match="is a safetensors file"):

@@ -17,6 +17,7 @@ from qat_compat.frameworks.converted import Converted
 from qat_compat.frameworks.converted_pt2e import ConvertedPT2E
 from qat_compat.frameworks.converted_torchao import ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
+from qat_compat.frameworks.gptq import GPTQ
 from qat_compat.frameworks.modelopt import ModelOpt
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
@@ -41,6 +42,7 @@ __all__ = [
 # The first that owns a model or a checkpoint describes it. Integers come first, so that what was converted only in part
 # is never taken for prepared; what extends another framework stands before it.
 FRAMEWORKS: tuple[Framework, ...] = (
+    GPTQ(),
     Converted(),
     ConvertedPT2E(),
     ConvertedTorchAO(),

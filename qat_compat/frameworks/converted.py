@@ -8,7 +8,8 @@ What is known here, and what it rests on (torch 2.13):
   are its own `dequantize()`.
 * FX keeps the scale of an input or of a function at the root, `conv1_input_scale_0`, `_scale_3`, as scalars.
 * The batch normalization after a converted convolution is folded into it, and gone.
-* GPTQ and AWQ: `qweight`, `qzeros`, `scales`. bitsandbytes: `weight.absmax` and `weight.quant_map`, or `SCB`.
+* bitsandbytes: `weight.absmax` and `weight.quant_map`, or `SCB`. They are told, and not computed from; nor are
+  `qweight` and `qzeros` that are not whole layers of GPTQ or AWQ.
 """
 
 from __future__ import annotations

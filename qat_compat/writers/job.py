@@ -11,6 +11,7 @@ import torch
 from qat_compat.errors import PlanError, Problem, ProblemKind
 from qat_compat.schema import Grid, Integers, Stage
 from qat_compat.source import Source
+from qat_compat.state import join_path
 from qat_compat.storage import Checkpoint
 
 __all__ = ["Job", "Layer"]
@@ -74,7 +75,7 @@ class Job:
         grids, quantized = self._grids()
         for key in quantized:
             if key not in grids:
-                how = schema.recipes[key].how if key in schema.recipes else "in a form of its quantizer's own"
+                how = schema.recipes[key].how if key in schema.recipes else "what its own quantizers make of it"
                 detail = f"it is {how}, for which {self.target} has no exact form here"
                 problems.append(Problem(ProblemKind.LOSSY, key, detail, "write it as float"))
             elif grids[key].inputs not in _INPUTS:
@@ -98,7 +99,10 @@ class Job:
         if description is None:
             return schema.grids, list(schema.recipes) if schema.stage is Stage.CONVERTED else []
         grids = {key: grid for quantizer in description.quantizers for key, grid in quantizer.grids().items()}
-        return grids, [key for quantizer in description.quantizers for key in quantizer.quantized_parameters()]
+        weights = [key for quantizer in description.quantizers for key in quantizer.quantized_parameters()]
+        hosts = {quantizer.site.partition(":")[2] for quantizer in description.quantizers}
+        alone = [key for key in (join_path(host, "weight") for host in sorted(hosts)) if key not in weights]
+        return grids, weights + alone
 
     def _layer(self, name: str, grid: Grid) -> Layer:
         shape, dtype = self.floats.spec(name)

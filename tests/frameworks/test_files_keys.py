@@ -183,7 +183,7 @@ CONVERTED: Mapping[str, tuple[Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         {"fc.weight": ((6, 2), U8), "fc.weight_quantizer._amax": ((6, 1), F32)},
         "modelopt",
     ),
-    "GPTQ": ({"fc.qweight": ((1, 6), I32), "fc.qzeros": ((1, 1), I32), "fc.scales": ((1, 6), F32)}, "converted"),
+    "GPTQ": ({"fc.qweight": ((1, 6), I32), "fc.qzeros": ((1, 1), I32), "fc.scales": ((1, 6), F32)}, "gptq"),
     "bitsandbytes": ({"fc.weight": ((12, 1), U8), "fc.weight.absmax": ((1,), F32)}, "converted"),
 }  # fmt: skip
 

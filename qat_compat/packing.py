@@ -136,10 +136,11 @@ def dequantize(
     Returns:
         Like `values`, in the dtype of `scale`.
     """
-    found = values.to(scale.dtype)
+    found = values.to(scale.dtype, copy=True)  # the only large tensor that is made, but for the spread scales
     if zero_point is not None:
-        found = found - _spread(zero_point.to(scale.dtype), found, block)
-    return found * _spread(scale, found, block)
+        found -= _spread(zero_point.to(scale.dtype), found, block)
+    found *= _spread(scale, found, block)
+    return found
 
 
 def _spread(scale: Tensor, values: Tensor, block: tuple[int, int] | None) -> Tensor:

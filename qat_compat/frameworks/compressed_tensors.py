@@ -20,7 +20,7 @@ What is known here, and what it rests on (compressed-tensors 0.20):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,11 +78,12 @@ class CompressedTensors(KeyedFramework):
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
         found: dict[str, Decoded | str] = {}
+        groups = _Groups.of(view.config)
         for key, spec in view.specs.items():
             parent, leaf = split_path(key)
             if leaf == "weight_packed" or (leaf == "weight" and holds_integers({"weight": spec})):
                 name = join_path(parent, "weight")
-                found[name] = _decode(name, view)
+                found[name] = _decode(_layer(name, view, groups))
         return found
 
 
@@ -131,6 +132,12 @@ class _Layer:
     shape: tuple[int, ...] | None
     inputs: str
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is a matrix with scales along its rows."""
+        values = self.specs.get("packed", self.specs.get("weight"))
+        return values is not None and len(values.shape) == 2 and "scale" in self.specs
+
     def said(self, what: str) -> list[Any]:
         """What the schemes say of one thing, each answer once."""
         found: list[Any] = []
@@ -140,12 +147,34 @@ class _Layer:
         return found
 
 
-def _layer(name: str, view: KeyView) -> _Layer:
+@dataclass(frozen=True)
+class _Groups:
+    """The `config_groups` of a configuration: all of them, and by the layers that they name."""
+
+    all: tuple[Mapping[str, Any], ...]
+    by_name: Mapping[str, list[Mapping[str, Any]]]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Groups:
+        groups = config.get("config_groups")
+        found = [one for one in groups.values() if isinstance(one, Mapping)] if isinstance(groups, Mapping) else []
+        by_name: dict[str, list[Mapping[str, Any]]] = {}
+        for group in found:
+            for target in group.get("targets") or ():
+                by_name.setdefault(str(target), []).append(group)
+        return cls(tuple(found), by_name)
+
+    def of_layer(self, module: str) -> Sequence[Mapping[str, Any]]:
+        """Those that name it; else all, since a class cannot be told from a key."""
+        return self.by_name.get(module) or self.all
+
+
+def _layer(name: str, view: KeyView, known: _Groups) -> _Layer:
     keys = {part: f"{name}_{part}" for part in PARTS if f"{name}_{part}" in view.specs}
     if "packed" not in keys:
         keys = {"weight": name, **keys}
     specs = {part: view.specs[key] for part, key in keys.items()}
-    groups = _groups(split_path(name)[0], view.config)
+    groups = known.of_layer(split_path(name)[0])
     schemes = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
     if isinstance(view.config.get("weight_block_size"), list):  # the "fp8" method of transformers
         schemes.append({"block_structure": view.config["weight_block_size"]})
@@ -154,13 +183,6 @@ def _layer(name: str, view: KeyView) -> _Layer:
     return _Layer(
         name, keys, specs, tuple(schemes), view.shapes.get(f"{name}_shape"), inputs.pop() if len(inputs) == 1 else "?"
     )
-
-
-def _groups(module: str, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The groups that name the layer, or all of them, since a class cannot be told from a key."""
-    groups = config.get("config_groups")
-    found = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-    return [group for group in found if module in (group.get("targets") or ())] or found
 
 
 def _inputs(args: Any) -> str:
@@ -172,13 +194,12 @@ def _inputs(args: Any) -> str:
     return "otherwise quantized"
 
 
-def _decode(name: str, view: KeyView) -> Decoded | str:
-    layer = _layer(name, view)
+def _decode(layer: _Layer) -> Decoded | str:
     if "scale_2" in layer.keys:
         return "it is in the form of ModelOpt's export, with weight_scale_2, which is not read"
     scale = layer.specs.get("scale", layer.specs.get("scale_inv"))
     if scale is None:
-        return f"there is no {name}_scale beside it"
+        return f"there is no {layer.name}_scale beside it"
     values = layer.specs.get("packed", layer.specs.get("weight"))
     assert values is not None
     if values.dtype is torch.int32:
@@ -197,7 +218,7 @@ def _decode_values(layer: _Layer, values: Spec, scale: Spec) -> Decoded | str:
     how = f"{str(values.dtype).removeprefix('torch.')} values times their scale"
     compute = partial(_from_values, block=block, exponents=exponents)
     decoded = _recipe(layer, values.shape, torch.bfloat16 if exponents else scale.dtype, how, compute)
-    if values.dtype is not torch.int8 or block is not None or len(values.shape) != 2:
+    if values.dtype is not torch.int8 or block is not None or not layer.has_rows:
         return decoded
     return decoded._replace(grid=_grid(layer, 8, decoded, lambda held: held["weight"]))
 
@@ -218,7 +239,7 @@ def _decode_words(layer: _Layer, words: Spec, scale: Spec) -> Decoded | str:
     bits: int = said.pop()
     compute = partial(_from_words, bits=bits, block=block)
     decoded = _recipe(layer, layer.shape, scale.dtype, f"{bits}-bit values times their scale", compute)
-    if block is not None or "g_idx" in layer.keys or len(layer.shape) != 2:
+    if block is not None or "g_idx" in layer.keys or not layer.has_rows:
         return decoded
     columns = layer.shape[-1]
     return decoded._replace(

@@ -202,6 +202,17 @@ def test_keys_are_looked_at_once() -> None:
         assert described(keys | {"fc.weight": (6, 4)}).framework in (name, "plain"), name
 
 
+def test_layers_that_a_configuration_names_are_looked_at_once() -> None:
+    """As convert_checkpoint writes it, every layer by its name."""
+    keys = {"weight_packed": ((6, 8), I32), "weight_scale": ((6, 1), F32), "weight_shape": ((2,), torch.int64)}
+    count = 20000
+    specs = {f"layers.{i}.{key}": Spec(*spec) for i in range(count) for key, spec in keys.items()}
+    group = {"targets": [f"layers.{i}" for i in range(count)], "weights": {"num_bits": 4, "strategy": "channel"}}
+    shapes = {f"layers.{i}.weight_shape": (6, 64) for i in range(count)}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    assert len(describe_keys(KeyView(specs, config=config, shapes=shapes)).grids) == count
+
+
 def test_the_checkpoint_says_framework_and_stage() -> None:
     state = {"fc.weight": torch.ones(2, 2), "fc._input_quantizer._amax": torch.ones(())}
     checkpoint = qc.open_checkpoint(state)

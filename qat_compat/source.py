@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from qat_compat.storage import Checkpoint, open_source
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
 
+Made = TypeVar("Made")
 SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
 
 
@@ -33,13 +34,32 @@ class Source:
         """One tensor: as it is held, or as its recipe gives it, or what no state_dict holds and our own files do."""
         recipe = self.schema.recipes.get(key)
         if recipe is not None:
-            with torch.no_grad():
-                return recipe.compute(*(self.checkpoint[name] for name in recipe.sources))
+            return self.computed(key, recipe.sources, recipe.compute)
         if key in self.checkpoint:
             return self.checkpoint[key]
         beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
         value: Tensor = beside[key]
         return value
+
+    def computed(self, key: str, sources: tuple[str, ...], compute: Callable[..., Made]) -> Made:
+        """What is computed from tensors of the checkpoint.
+
+        Raises:
+            CheckpointError: They do not fit together, or one of them cannot be read.
+        """
+        tensors = [self.checkpoint[name] for name in sources]
+        try:
+            with torch.no_grad():
+                return compute(*tensors)
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "the tensors that a weight is computed from do not fit together",
+                file=self.checkpoint.name,
+                key=key,
+                expected=", ".join(f"{name} {self.checkpoint.spec(name)}" for name in sources) + " of one layer",
+                found=f"{type(error).__name__}: {error}",
+                remedy="get a fresh copy of the file, or convert the model again",
+            ) from error
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""

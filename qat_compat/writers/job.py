@@ -44,7 +44,7 @@ class Layer:
         return self.shape[1] // self.grid.group
 
     def integers(self) -> Integers:
-        found = _integers(self.grid, self.source)
+        found = self.source.computed(self.name, self.grid.sources, self.grid.compute)
         return found._replace(zero_point=None) if self.symmetric else found
 
 
@@ -108,11 +108,6 @@ class Job:
         shape, dtype = self.floats.spec(name)
         symmetric = grid.symmetric
         if symmetric is None:
-            zero_point = _integers(grid, self.source).zero_point
+            zero_point = self.source.computed(name, grid.sources, grid.compute).zero_point
             symmetric = zero_point is None or not bool(zero_point.any())
         return Layer(name, shape, dtype, grid, symmetric, self.source)
-
-
-def _integers(grid: Grid, source: Source) -> Integers:
-    with torch.no_grad():
-        return grid.compute(*(source.checkpoint[key] for key in grid.sources))

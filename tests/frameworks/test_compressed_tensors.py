@@ -197,6 +197,15 @@ def test_what_does_not_fit_is_said_for_every_layer() -> None:
     assert "ModelOpt" in details["e.weight"]
 
 
+def test_tensors_of_different_layers_are_named() -> None:
+    state = {"fc.weight": torch.zeros(6, 64, dtype=torch.int8), "fc.weight_scale": torch.ones(6, 1)}
+    back = qc.to_float({**state, "fc.weight_zero_point": torch.zeros(5, 1, dtype=torch.int8)})
+    with pytest.raises(qc.CheckpointError, match="do not fit together") as caught:
+        back["fc.weight"]
+    assert caught.value.key == "fc.weight"
+    assert "fc.weight_zero_point int8[5, 1]" in str(caught.value.expected)
+
+
 def test_only_shapes_are_read_to_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs, dtype = SCHEMES["W4A16 groups"]
     model = net(dtype)

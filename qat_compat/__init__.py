@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat_compat.api import (
         calibrate,
+        convert_checkpoint,
         load_checkpoint,
         open_checkpoint,
         plan_load,
@@ -64,6 +65,7 @@ __all__ = [
     "SaveError",
     "UnsafeCheckpointError",
     "calibrate",
+    "convert_checkpoint",
     "find_checkpoint",
     "load_checkpoint",
     "open_checkpoint",

@@ -17,6 +17,7 @@ from torch import nn
 
 from qat_compat.apply import Driving, apply
 from qat_compat.calibration import Calibration, calibrate, fingerprint
+from qat_compat.convert import convert_checkpoint
 from qat_compat.draft import Goal
 from qat_compat.driving import Data, Inputs
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
@@ -47,7 +48,15 @@ from qat_compat.storage import Checkpoint, save
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 
-__all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
+__all__ = [
+    "calibrate",
+    "convert_checkpoint",
+    "load_checkpoint",
+    "open_checkpoint",
+    "plan_load",
+    "save_checkpoint",
+    "to_float",
+]
 
 
 def open_checkpoint(source: SourceLike, *, select: str | None = None) -> Checkpoint:

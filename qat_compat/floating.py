@@ -158,23 +158,25 @@ def _is_folded(schema: Schema) -> bool:
 
 
 def _decoded(source: Source) -> Source:
-    """A converted source as the float tensors that can be computed from it, with its normalizations folded."""
-    if source.schema.stage is not Stage.CONVERTED:
+    """A converted source as the float tensors that can be computed from it."""
+    schema = source.schema
+    if schema.stage is not Stage.CONVERTED:
         return source
-    if left := source.schema.undecoded():
-        raise PlanError(
-            [
-                Problem(
-                    ProblemKind.MISMATCHED,
-                    ", ".join(shorten(collapse(left), 4)),
-                    f"{counted(len(left), 'tensor')} of a converted checkpoint ({source.schema.framework}) cannot be"
-                    " read back to float",
-                    "pass the QAT checkpoint that it was converted from",
-                )
-            ],
-            file=source.checkpoint.name,
-        )
-    return replace(source, schema=replace(source.schema, stage=Stage.FOLDED))
+    remedy = "pass the QAT checkpoint that it was converted from"
+    problems = [Problem(ProblemKind.MISMATCHED, key, why, remedy) for key, why in schema.unreadable.items()]
+    if (left := schema.undecoded()) and not problems:
+        what = f"{counted(len(left), 'tensor')} of a converted checkpoint ({schema.framework})"
+        problems = [
+            Problem(
+                ProblemKind.MISMATCHED,
+                ", ".join(shorten(collapse(left), 4)),
+                f"{what} cannot be read back to float",
+                remedy,
+            )
+        ]
+    if problems:
+        raise PlanError(problems, file=source.checkpoint.name)
+    return replace(source, schema=replace(schema, stage=Stage.FOLDED if schema.folds else Stage.FLOAT))
 
 
 def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str]]:

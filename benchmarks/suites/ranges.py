@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Figures, summary, timed
-from qat_compat.calibrate import observe_weights
+from qat_compat.driving import observe_weights
 from qat_compat.frameworks import Needs, Quantizer, describe_model
 
 __all__ = ["native_scales", "one", "prepare", "prepared", "rows", "scales", "table"]

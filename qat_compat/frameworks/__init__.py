@@ -13,9 +13,11 @@ from qat_compat.frameworks.aimet import AIMET
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
-from qat_compat.frameworks.converted import Converted, ConvertedTorchAO
+from qat_compat.frameworks.converted import Converted
 from qat_compat.frameworks.converted_pt2e import ConvertedPT2E
+from qat_compat.frameworks.converted_torchao import ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
+from qat_compat.frameworks.gptq import GPTQ
 from qat_compat.frameworks.modelopt import CompressedModelOpt, ModelOpt
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
@@ -41,6 +43,7 @@ __all__ = [
 # The first that owns a model or a checkpoint describes it. Integers come first, so that what was converted only in part
 # is never taken for prepared; what extends another framework stands before it.
 FRAMEWORKS: tuple[Framework, ...] = (
+    GPTQ(),
     Converted(),
     ConvertedPT2E(),
     ConvertedTorchAO(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qat_compat.conventions import Encoding
 from qat_compat.errors import Problem
-from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Fused, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
 __all__ = [
@@ -166,6 +166,10 @@ class Quantizer(ABC):
         """Set what was observed to the range that scale and zero_point span on the grid."""
         raise NotImplementedError(f"{type(self.module).__name__} keeps no range")
 
+    def roundings(self) -> Mapping[str, Rounding]:
+        """Parameter key -> the integers that the quantizer rounds that parameter to, where others can take them."""
+        return {}
+
     def channels(self) -> int | None:
         """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
         return 1
@@ -191,7 +195,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class KeyView:
-    """What a framework may look at to describe a checkpoint: keys and specs, never tensors.
+    """What a framework may look at to describe a checkpoint: keys and specs, and of its tensors those that are a shape.
 
     Args:
         specs: Key -> shape and dtype.
@@ -201,6 +205,7 @@ class KeyView:
             the attributes of its class, as JSON values; the keys are those of the tensors in it.
         config: `quantization_config` of the `config.json` beside the file.
         metadata: Training state beside the weights, as plain data.
+        shapes: Key of a tensor that holds a shape (`fc.weight_shape`) -> that shape.
     """
 
     specs: Mapping[str, Spec]
@@ -209,6 +214,7 @@ class KeyView:
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Framework(ABC):

@@ -41,6 +41,7 @@ class ConvertedPT2E(KeyedFramework):
 
     name = "pt2e"
     live_stage = Stage.CONVERTED
+    folds = True
 
     def owns_model(self, view: ModelView) -> bool:
         return any(slot.tensor.dtype is torch.int8 and _FROZEN.match(key) for key, slot in view.slots.items())

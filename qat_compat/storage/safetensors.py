@@ -310,7 +310,7 @@ def _make_header(contents: Contents, specs: Mapping[str, Spec], order: list[str]
             state[key] = value
     if state:
         about[_STATE] = _state_json(state)
-    header: dict[str, Any] = {"__metadata__": about}
+    header: dict[str, Any] = {"__metadata__": {**about, **contents.header}}
     for name, (shape, dtype) in specs.items():
         if name == "__metadata__" or dtype not in _NAMES:
             raise SaveError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class Contents:
         record: About the keys; JSON values only.
         hidden: Tensors that belong to the record and are no keys of the state_dict.
         metadata: Training state; plain data and tensors.
+        header: Text that a reader of another package looks for in the header of a safetensors file.
     """
 
     source: Mapping[str, Tensor]
@@ -36,6 +37,7 @@ class Contents:
     record: Mapping[str, Any]
     hidden: Mapping[str, Tensor] | None
     metadata: Mapping[str, Any]
+    header: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Contents:
         versions: Mapping[str, Mapping[str, Any]] | None,
         record: Mapping[str, Any] | None,
         metadata: Mapping[str, Any] | None,
+        header: Mapping[str, str] | None = None,
     ) -> Contents:
         """Check everything that can be checked before the first byte is written.
 
@@ -62,6 +65,7 @@ class Contents:
             jsonable(own, "record"),
             hidden,
             _plain_values(dict(metadata or {}), "metadata"),
+            dict(header or {}),
         )
         if not isinstance(
             tensors, Checkpoint

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import qat_compat as qc
 from qat_compat.matrix.cases import DTYPES, Case, framework_side
 from qat_compat.testing import assert_same_output, assert_same_state, scramble
-from qat_compat.testing.comparison import fail_with, output_tensors
+from qat_compat.testing.comparison import fail_with, full_state, output_tensors
 from qat_compat.testing.modes import eval_form, training_modes
 from qat_compat.testing.quantizers import fake_quantizers, intx_quantizers, observers
 
@@ -91,9 +91,9 @@ def check_transfer(case: Case) -> None:
     donor, twin, model = case.calibrated(case.donor), case.calibrated(), case.fresh()
     options = {"float_model": case.declared.make(), **case.witness}
     qc.load_checkpoint(model, case.written(donor.state_dict()), calibration=case.batches, **options)
-    theirs = _activation_keys(twin)
-    found, wanted = model.state_dict(), twin.state_dict()
-    assert_same_state(*({k: v for k, v in state.items() if k not in theirs} for state in (found, wanted)))
+    theirs = _activation_paths(twin)
+    found, wanted = full_state(model), full_state(twin)
+    assert_same_state(*({k: v for k, v in state.items() if not k.startswith(theirs)} for state in (found, wanted)))
     _assert_close(_outputs(case, model), _outputs(case, twin), 0.1)
 
 
@@ -185,10 +185,10 @@ def _is_of_weights(name: str, quantizer: Any) -> bool:
     return "weight" in name.rpartition(".")[2] or getattr(quantizer, "dtype", None) in (torch.qint8, torch.int8)
 
 
-def _activation_keys(model: nn.Module) -> set[str]:
-    """Keys of everything that observes or quantizes activations."""
+def _activation_paths(model: nn.Module) -> tuple[str, ...]:
+    """How the keys begin of everything that observes or quantizes activations."""
     quantizers = [*fake_quantizers(model), *intx_quantizers(model)]
     paths = [name for name, quantizer in _named(model, quantizers) if not _is_of_weights(name, quantizer)]
     inside = {id(child) for quantizer in quantizers for child in quantizer.modules()}
     paths += [name for name, one in _named(model, observers(model)) if id(one) not in inside]
-    return {key for key in model.state_dict() if any(key.startswith(f"{path}.") for path in paths)}
+    return tuple(f"{path}." for path in paths)

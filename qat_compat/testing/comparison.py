@@ -41,7 +41,7 @@ def assert_same_state(actual: nn.Module | Mapping[str, Any], expected: nn.Module
     Raises:
         AssertionError: With every entry that differs and by how much.
     """
-    found, wanted = _full_state(actual), _full_state(expected)
+    found, wanted = full_state(actual), full_state(expected)
     lines = [f"{key}: missing" for key in wanted if key not in found]
     lines += [f"{key}: not expected" for key in found if key not in wanted]
     for key, value in wanted.items():
@@ -94,7 +94,8 @@ def assert_same_output(
         assert_same_state(pair["actual"], pair["expected"])
 
 
-def _full_state(source: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+def full_state(source: nn.Module | Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict, and of static torchao quantizers what it does not hold."""
     if not isinstance(source, nn.Module):
         return dict(source)
     state = dict(source.state_dict())

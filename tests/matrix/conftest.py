@@ -12,7 +12,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         cell = getattr(item, "cell", None)
-        name = "" if cell is None else f"{cell.model}/{cell.id}"
-        for glob, reason in DEFECTS.items():
-            if cell is not None and fnmatchcase(name, glob):
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+        if cell is None:
+            continue
+        name = f"{cell.model}/{cell.id}"
+        for reason in (why for glob, why in DEFECTS.items() if fnmatchcase(name, glob)):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=False))  # it may be in some models only

@@ -37,7 +37,10 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported when it is first asked for: pytest imports this package in every run of
 # whoever has it installed, to find its plugin, and must not wait for torch.
 _HOMES = {
-    "api": ("calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"),
+    "api": (
+        *("calibrate", "convert_checkpoint", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint"),
+        "to_float",
+    ),
     "calibration": ("Calibration",),
     "errors": (
         *("CalibrationError", "CheckpointError", "CompatError", "LimitError", "PlanError", "Problem", "ProblemKind"),

@@ -24,7 +24,7 @@ from torch import Tensor
 from qat_compat import packing
 from qat_compat.frameworks.base import KeyView, plain_entry
 from qat_compat.frameworks.key_tables import Decoded
-from qat_compat.schema import Rounding, Integers, Recipe, Role, Spec
+from qat_compat.schema import Integers, Recipe, Role, Rounding, Spec
 from qat_compat.state import join_path, split_path
 
 __all__ = ["PARTS", "Groups", "decode_layer"]

@@ -72,8 +72,8 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
             staged.write_in_place()
             _set_extra(description, staged)
             _adopt(plan, description)
+            _set_hidden(description, staged)  # before data runs: a quantizer may refuse to run without it
             batches = _synthesize(plan, description, driving, staged)
-            _set_hidden(description, staged)
             findings = _verify(plan, description)
             if runs:
                 transaction.settle(staged.tensors, _written(plan, description))

@@ -1,4 +1,4 @@
-"""The command line: look into checkpoints, compare them, plan a load, go back to float.
+"""The command line: look into checkpoints, compare them, plan a load, go back to float, go from form to form.
 
 Each command is a thin layer over a public verb. Exit status: 0 is yes, 1 is no (files differ, a plan has problems),
 2 is an error.
@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from qat_compat.api import open_checkpoint, plan_load, save_checkpoint, to_float
+from qat_compat.api import convert_checkpoint, open_checkpoint, plan_load, save_checkpoint, to_float
 from qat_compat.errors import CompatError, PlanError, ProblemKind
 from qat_compat.names import canonical
 from qat_compat.report import fit, write_page
@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--like", metavar="FILE", help="a float checkpoint that has the wanted keys, order and dtypes")
     back.add_argument("--backup", action="store_true", help="keep the file that is replaced, under a dated name")
     back.set_defaults(run=_to_float)
+
+    across = commands.add_parser("convert", parents=[select], help="write an integer checkpoint in another form")
+    across.add_argument("source", help="the checkpoint, of torchao's tensors or of compressed-tensors")
+    across.add_argument("out", help="the file or, for compressed-tensors, the folder to write")
+    across.add_argument("--to", required=True, metavar="FORM", help="torchao, compressed-tensors or float")
+    across.set_defaults(run=_convert)
 
     diff = commands.add_parser("diff", parents=[select], help="compare the float keys of two checkpoints")
     diff.add_argument("a", help="a checkpoint, float or QAT")
@@ -231,6 +237,14 @@ def _to_float(arguments: argparse.Namespace) -> int:
     for note in checkpoint.notes:
         console.print(fit(f"note: {note}", console.width), soft_wrap=True)
     console.print(f"{arguments.out}: {counted(len(checkpoint), 'float tensor')}, {_size(_bytes(checkpoint))}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    path = convert_checkpoint(arguments.source, arguments.to, arguments.out, select=arguments.select)
+    written = open_checkpoint(path)
+    about = f"{counted(len(written), 'tensor')}, {written.framework}, {written.stage}"
+    _console().print(f"{path}: {about}, {_size(_bytes(written))}", soft_wrap=True)
     return 0
 
 

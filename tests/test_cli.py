@@ -147,6 +147,18 @@ def test_to_float_takes_names_from_another_file(capsys: pytest.CaptureFixture[st
     assert list(torch.load("back.pt")) == list(make_float().state_dict())
 
 
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    weight = torch.arange(-32, 32, dtype=torch.int8).reshape(2, 32)
+    torch.save({"fc.weight": weight, "fc.weight_scale": torch.tensor([[0.5], [0.25]])}, "int8.pt")
+    assert main(["convert", "int8.pt", "float.safetensors", "--to", "float"]) == 0
+    assert "float.safetensors: 1 tensor, plain, float, 256 bytes" in capsys.readouterr().out
+    expected = weight.float() * torch.tensor([[0.5], [0.25]])
+    assert torch.equal(qc.open_checkpoint("float.safetensors")["fc.weight"], expected)
+    assert main(["convert", "int8.pt", "x", "--to", "gguf"]) == 2
+    assert "cannot be written as 'gguf'" in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
 @pytest.mark.parametrize("backup", [False, True])
 def test_to_float_keeps_what_it_replaces(backup: bool) -> None:
     Path("out").mkdir()

@@ -55,10 +55,7 @@ REFUSED = {
 UNSUPPORTED = {"lstm": {"eager-*/load": r"lstm\.layers", "eager-*/back": r"lstm\.bias_hh"}}
 # Glob over `model/flow/direction/container/granularity/dtype/device` -> what is wrong here. Each is a defect of ours:
 # its failed cells are shown as such in the report, and do not stop the tests. What is mended is taken off this list.
-DEFECTS = {
-    "*/torchao-static/transfer/*": "the scale of eight bits is taken for one of four where a group is a whole row",
-    "*/pt2e-x86/transfer/*": "the eps of the other flow's observers is taken, though it is a setting of the quantizer",
-}
+DEFECTS: dict[str, str] = {}
 _ALL = {**ARCHS, **NETWORKS}
 
 

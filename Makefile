@@ -21,13 +21,14 @@ endif
 export HF_HUB_OFFLINE := 1
 export PYTHONUTF8 := 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint matrix bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train, load into a QAT model, calibrate, fine-tune, go back, convert: two minutes"
 	@echo "make test    lint, types, import layers, documentation examples, all tests"
 	@echo "make lint    the first three of these"
+	@echo "make matrix  the full compatibility matrix, written to docs/matrix.md, .html and .json"
 	@echo "make bench   the benchmarks"
 	@echo "make clean   remove the environment and the caches"
 
@@ -42,6 +43,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict qat_compat
 	$(BIN)/lint-imports
+
+# A cell that fails is a line of the table, too.
+matrix: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/matrix/test_models.py -n 2 --qat-matrix=full \
+	  $(foreach kind,md html json,--qat-matrix-report=docs/matrix.$(kind)) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "blank", "build", "same_values", "write_files"]
 
 
 class _LlamaLayer(nn.Module):
@@ -50,13 +53,46 @@ def _flat(count: int) -> nn.Module:
 MODELS = {
     "tiny": lambda: nn.ModuleList([_Bottleneck(8, 16) for _ in range(2)]),  # for the tests
     "llama-4-layers-bf16": lambda: _llama(4, torch.bfloat16),  # 0.49 GB
-    "llama-4-layers-fp32": lambda: _llama(4, torch.float32),  # 0.97 GB
     "resnet152-like": _resnet,  # 0.22 GB in 900 tensors
-    "flat-5k": lambda: _flat(5_000),  # 5,000 modules of one small tensor
+    "flat-20k": lambda: _flat(20_000),  # 20,000 modules of one small tensor
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, device: str = "cpu") -> nn.Module:
     """The model of that name, with weights that are the same every time."""
     torch.manual_seed(0)
-    return MODELS[name]()
+    with torch.device(device):
+        return MODELS[name]()
+
+
+def blank(name: str) -> nn.Module:
+    """The model with zeros, in memory that has been written to."""
+    model = build(name)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    return model
+
+
+def write_files(name: str, folder: Path) -> None:
+    """The model's weights as `.safetensors` and `.pt`."""
+    state = dict(build(name).state_dict())
+    save_file(state, folder / f"{name}.safetensors")
+    torch.save(state, folder / f"{name}.pt")
+
+
+def same_values(model: nn.Module, expected: nn.Module) -> None:
+    """Raise if any tensor of the two differs."""
+    for (key, value), other in zip(_tensors(model), _tensors(expected), strict=True):
+        if key != other[0] or not torch.equal(value, other[1]):
+            raise RuntimeError(f"{key} is not what the file holds")
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Names and tensors; `state_dict` itself is slow where a module has very many children."""
+    return [
+        (f"{path}.{name}", tensor)
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    ]

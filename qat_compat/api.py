@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 from qat_compat.apply import Driving, apply
-from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, calibrate, fingerprint
+from qat_compat.convert import convert_checkpoint
 from qat_compat.draft import Goal
+from qat_compat.driving import Data, Inputs
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import float_names, to_float
@@ -46,7 +48,15 @@ from qat_compat.storage import Checkpoint, save
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 
-__all__ = ["calibrate", "load_checkpoint", "open_checkpoint", "plan_load", "save_checkpoint", "to_float"]
+__all__ = [
+    "calibrate",
+    "convert_checkpoint",
+    "load_checkpoint",
+    "open_checkpoint",
+    "plan_load",
+    "save_checkpoint",
+    "to_float",
+]
 
 
 def open_checkpoint(source: SourceLike, *, select: str | None = None) -> Checkpoint:
@@ -217,7 +227,9 @@ def load_checkpoint(
     options = Options(
         calibration, inputs, select, float_model, rename, keep, drop, statistic, inplace, mmap, device, progress
     )
-    with preserved_random_state():  # a data loader that shuffles draws from it too
+    # the collector rests until the plan is gone, unless a model runs meanwhile, which may leave cycles behind
+    alone = calibration is None or isinstance(calibration, str)
+    with preserved_random_state(), paused_collector() if alone else nullcontext():  # a shuffling loader draws from it
         return _load(model, source, options, started)
 
 
@@ -229,8 +241,7 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
     with progress_bars(options.progress, totals) as advance:
         reading = Reading(
             ready.description,
-            ready.source.read,
-            ready.source.checkpoint.name,
+            ready.source,
             saved=ready.saved.tensors if ready.saved is not None else {},
             inplace=options.inplace,
             mmap=options.mmap,

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from qat_compat.calibrate import Data, Inputs, drive, observe_weights
+from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.isolation import preserved_random_state
-from qat_compat.memory import copy_all
 from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.schema import Role
 from qat_compat.staging import Reading, Staged, stage
-from qat_compat.state import split_path
+from qat_compat.state import Slot, split_path
 from qat_compat.text import counted
 from qat_compat.transaction import Transaction
 
@@ -56,7 +55,7 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
 
     Raises:
         PlanError: The plan has problems, or the values read show one.
-        CalibrationError: See :func:`qat_compat.calibrate.drive`.
+        CalibrationError: See :func:`qat_compat.driving.drive`.
         QParamError: A scale or zero_point that no quantizer can use.
     """
     description = reading.description
@@ -64,22 +63,31 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
         staged = stage(plan, reading)
         transaction = Transaction(description.view.model, description.view.slots)
         try:
-            transaction.scratch()
+            runs = _runs(plan, staged, description)
+            if runs:
+                transaction.scratch(staged.tensors)
             for key, value in staged.tensors.items():
                 slot = transaction.slots[key]
-                transaction.install(key, value if slot.is_parameter else value.clone())
-            copy_all((transaction.slots[key].tensor.data, value) for key, value in staged.in_place.items())
+                transaction.install(key, value.clone() if runs and not slot.is_parameter else value)
+            staged.write_in_place()
             _set_extra(description, staged)
             _adopt(plan, description)
-            batches = _synthesize(plan, description, driving)
+            batches = _synthesize(plan, description, driving, staged)
             _set_hidden(description, staged)
-            written = _written(plan, description)
             findings = _verify(plan, description)
-            transaction.settle(staged.tensors, written)
+            if runs:
+                transaction.settle(staged.tensors, _written(plan, description))
         except BaseException:
             transaction.roll_back()
             raise
     return Outcome(batches, staged.losses, findings)
+
+
+def _runs(plan: Plan, staged: Staged, description: Description) -> bool:
+    """Whether anything will run that can write to buffers: quantizers, the model on data, a module's own code."""
+    works = any(isinstance(step, (Derive, Synthesize)) for step in plan.steps)
+    adopts = any(type(quantizer).adopt is not Quantizer.adopt for quantizer in description.quantizers)
+    return works or adopts or bool(staged.extra) or bool(staged.hidden)
 
 
 def _set_extra(description: Description, staged: Staged) -> None:
@@ -145,7 +153,7 @@ def _chosen(plan: Plan, description: Description) -> _Chosen:
     )
 
 
-def _synthesize(plan: Plan, description: Description, driving: Driving) -> int:
+def _synthesize(plan: Plan, description: Description, driving: Driving, staged: Staged) -> int:
     chosen = _chosen(plan, description)
     batches = 0
     if chosen.from_data:
@@ -159,7 +167,8 @@ def _synthesize(plan: Plan, description: Description, driving: Driving) -> int:
             advance=driving.advance,
         )
     else:
-        observe_weights(chosen.from_weights)
+        known = {q.name: found for q in chosen.from_weights if (found := staged.range_of(q)) is not None}
+        observe_weights(chosen.from_weights, known)
     for quantizer in chosen.settled:
         quantizer.settle()
     for quantizer in chosen.spanned:
@@ -185,12 +194,7 @@ def _written(plan: Plan, description: Description) -> set[str]:
 
 def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     """Look at the result: quantizers that can be used, and no tensor left without storage."""
-    schema = description.schema
-    touched = {
-        schema[step.key].quantizer
-        for step in plan.steps
-        if isinstance(step, (Copy, Derive, Synthesize)) and step.key in schema
-    }
+    touched = _touched(plan, description) if description.quantizers else set()
     problems = [p for q in description.quantizers if q.name in touched for p in q.check()]
     if problems:
         first = problems[0]
@@ -202,8 +206,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             found=first.detail,
             remedy=first.remedy,
         )
-    model = description.view.model
-    meta = [k for k, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
+    meta = [slot.key for slot in {id(s): s for s in description.view.slots.values()}.values() if _is_meta(slot)]
     if meta:
         raise PlanError(
             [
@@ -221,8 +224,26 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     return (*findings, *_stale(plan, description))
 
 
+def _touched(plan: Plan, description: Description) -> set[str]:
+    """Names of the quantizers of which a step writes something."""
+    entries = description.schema.entries
+    steps = (step for step in plan.steps if isinstance(step, (Copy, Derive, Synthesize)))
+    return {entries[step.key].quantizer for step in steps if step.key in entries}
+
+
+def _is_meta(slot: Slot) -> bool:
+    """Whether the tensor that the model now holds in a slot has no data."""
+    if not slot.tensor.is_meta:
+        return False  # what has data is never replaced by what has none
+    module, name = slot.owners[0]
+    held = (module._parameters if slot.is_parameter else module._buffers).get(name)
+    return held is not None and held.is_meta
+
+
 def _stale(plan: Plan, description: Description) -> list[str]:
     """Copied ranges of weight quantizers that do not belong to the weights they now stand beside."""
+    if not description.quantizers:
+        return []
     schema = description.schema
     ranges = (Role.MIN, Role.AMAX)
     copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role in ranges}

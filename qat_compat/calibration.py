@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qat_compat.calibrate import Data, Inputs, drive
+from qat_compat.driving import Data, Inputs, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
 from qat_compat.names import canonical
@@ -91,7 +91,7 @@ def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, sta
         statistic: "native", "percentile", "mse" or "entropy".
 
     Raises:
-        CalibrationError: See :func:`qat_compat.calibrate.drive`; also a model without activation quantizers.
+        CalibrationError: See :func:`qat_compat.driving.drive`; also a model without activation quantizers.
     """
     check_statistic(statistic)
     description = describe_model(model)

@@ -177,6 +177,7 @@ def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _O
 
 def _carry_leaves(draft: Draft, keys: Sequence[str], origin: _Origin, *, derive: bool) -> None:
     """Take the state of a quantizer of the same make, leaf by leaf."""
+    same_flow = draft.source.framework == draft.target.framework
     ranges = tuple(key for key in origin.leaves.values() if draft.source[key].role in _RANGE)
     derive = derive and len(ranges) == 2
     for key in keys:
@@ -186,10 +187,12 @@ def _carry_leaves(draft: Draft, keys: Sequence[str], origin: _Origin, *, derive:
             draft.steps[key] = Derive(key, ranges, "min/max carried over, on this quantizer's own grid")
             if theirs is not None:
                 draft.dropped[theirs] = Drop(theirs, "of another quantization grid: derived anew from min/max")
-        elif theirs is not None:
+        elif theirs is not None and (same_flow or entry.role is not Role.EPS):
             draft.copy(key, theirs, "same quantizer")
         elif entry.role in (Role.ENABLED, Role.EPS, Role.CONSTANT, Role.BUFFER):
-            draft.steps[key] = Keep(key, "not in the source: the quantizer's own setting")
+            draft.steps[key] = Keep(key, "the quantizer's own setting")
+            if theirs is not None:
+                draft.dropped[theirs] = Drop(theirs, "a setting of another flow's quantizer")
         else:
             detail = f"the source has other state of {entry.quantizer}, but not this"
             draft.problem(ProblemKind.MISSING, key, detail, "drop= the rest of this quantizer to synthesize it")

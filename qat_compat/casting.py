@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Loss", "cast_loss"]
+__all__ = ["Loss", "cast_loss", "is_widening"]
+
+_BLOCK = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,39 @@ def cast_loss(value: Tensor, dtype: torch.dtype) -> Loss | None:
         >>> cast_loss(torch.tensor([3.0]), torch.int64) is None
         True
     """
-    cast = value.to(dtype)
     names = f"{str(value.dtype).removeprefix('torch.')} to {str(dtype).removeprefix('torch.')}"
-    if dtype.is_floating_point and not value.is_complex():
-        if value.is_floating_point() and torch.finfo(dtype).bits > torch.finfo(value.dtype).bits:
-            return None
-        lost = int((torch.isfinite(value) & ~torch.isfinite(cast)).sum())
-        if lost:
-            return Loss(f"{lost} of {value.numel()} values overflow from {names}", True)
-        changed = int(((cast.to(value.dtype) != value) & (value == value)).sum())
-        return Loss(f"{changed} of {value.numel()} values rounded from {names}", False) if changed else None
-    changed = int((cast.to(value.dtype) != value).sum())
-    return Loss(f"{changed} of {value.numel()} values cannot be held after {names}", True) if changed else None
+    if is_widening(value.dtype, dtype):
+        return None
+    lost = changed = 0
+    rounds = dtype.is_floating_point and not value.is_complex()
+    for part in _blocks(value):
+        cast = part.to(dtype)
+        if not rounds:
+            changed += int((cast.to(part.dtype) != part).sum())
+            continue
+        lost += int((torch.isfinite(part) & ~torch.isfinite(cast)).sum())
+        changed += int(((cast.to(part.dtype) != part) & (part == part)).sum())
+    if lost or (changed and not rounds):
+        what = "overflow from" if rounds else "cannot be held after"
+        return Loss(f"{lost or changed} of {value.numel()} values {what} {names}", True)
+    return Loss(f"{changed} of {value.numel()} values rounded from {names}", False) if changed else None
+
+
+def is_widening(old: torch.dtype, new: torch.dtype) -> bool:
+    """Whether every value of one floating-point dtype is one of the other, known without looking at any.
+
+    Example:
+        >>> import torch
+        >>> is_widening(torch.bfloat16, torch.float32), is_widening(torch.bfloat16, torch.float16)
+        (True, False)
+    """
+    wider = old.is_floating_point and new.is_floating_point and new.itemsize > old.itemsize
+    return wider and torch.finfo(new).max >= torch.finfo(old).max  # not so for the exponents of an MX format
+
+
+def _blocks(value: Tensor) -> Sequence[Tensor]:
+    """Parts of a tensor, so that what is worked out of it needs little memory."""
+    if value.dim() == 0 or value.numel() <= _BLOCK:
+        return (value,)
+    step = max(1, _BLOCK * len(value) // value.numel())
+    return [value[first : first + step] for first in range(0, len(value), step)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat_compat.calibrate import Inputs, run_once
+from qat_compat.driving import Inputs, run_once
 from qat_compat.errors import Problem, ProblemKind
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.norms import Evidence, Match

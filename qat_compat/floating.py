@@ -22,7 +22,7 @@ from qat_compat.plan import Copy, Derive, Keep
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.state import join_path, split_path
-from qat_compat.storage import Checkpoint
+from qat_compat.storage import Checkpoint, Extent
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 
@@ -92,9 +92,14 @@ def to_float(
             raise PlanError([Problem(ProblemKind.LOSSY, name, loss.text, remedy)], file=opened.checkpoint.name)
         return value.to(specs[name].dtype)
 
+    def extent(name: str) -> Extent | None:
+        key = layout.names[name]
+        return opened.extent(key) if key is not None and specs[name] == opened.spec(key) else None
+
     result = Checkpoint(
         specs,
         fetch,
+        extent=extent,
         name=f"float({opened.checkpoint.name})",
         metadata=opened.checkpoint.metadata,
         notes=(*opened.checkpoint.notes, *layout.notes),
@@ -153,23 +158,25 @@ def _is_folded(schema: Schema) -> bool:
 
 
 def _decoded(source: Source) -> Source:
-    """A converted source as the float tensors that can be computed from it, with its normalizations folded."""
-    if source.schema.stage is not Stage.CONVERTED:
+    """A converted source as the float tensors that can be computed from it."""
+    schema = source.schema
+    if schema.stage is not Stage.CONVERTED:
         return source
-    if left := source.schema.undecoded():
-        raise PlanError(
-            [
-                Problem(
-                    ProblemKind.MISMATCHED,
-                    ", ".join(shorten(collapse(left), 4)),
-                    f"{counted(len(left), 'tensor')} of a converted checkpoint ({source.schema.framework}) cannot be"
-                    " read back to float",
-                    "pass the QAT checkpoint that it was converted from",
-                )
-            ],
-            file=source.checkpoint.name,
-        )
-    return replace(source, schema=replace(source.schema, stage=Stage.FOLDED))
+    remedy = "pass the QAT checkpoint that it was converted from"
+    problems = [Problem(ProblemKind.MISMATCHED, key, why, remedy) for key, why in schema.unreadable.items()]
+    if (left := schema.undecoded()) and not problems:
+        what = f"{counted(len(left), 'tensor')} of a converted checkpoint ({schema.framework})"
+        problems = [
+            Problem(
+                ProblemKind.MISMATCHED,
+                ", ".join(shorten(collapse(left), 4)),
+                f"{what} cannot be read back to float",
+                remedy,
+            )
+        ]
+    if problems:
+        raise PlanError(problems, file=source.checkpoint.name)
+    return replace(source, schema=replace(schema, stage=Stage.FOLDED if schema.folds else Stage.FLOAT))
 
 
 def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str]]:

@@ -1,27 +1,72 @@
-"""Fresh host memory that is cheap to fill, and filling it with several threads.
+"""Host memory for tensors: fresh memory that is cheap to fill, and copies with several threads.
 
 Writing to memory that was never touched costs a page fault per page. Asking for huge pages (Linux, `madvise`) makes
-that 512 times rarer, and a first copy several times faster.
+that 512 times rarer, and filling fresh memory several times faster. Tensors share mappings, so that small ones have
+huge pages too and no page is left half used.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
-import os
-import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["copy_all", "empty_like_spec"]
+from qat_compat.threads import THREADS, in_threads
+
+__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors"]
 
 _LARGE = 4 << 20  # bytes from which huge pages and threads pay
-_PAGE = mmap.PAGESIZE
-_THREADS = min(4, os.cpu_count() or 1)
+_MAPPING = 256 << 20  # tensors share mappings up to this size, so that what is freed early is given back early
+_HUGE_PAGE = 2 << 20
+_ALIGNMENT = 64  # as torch's own allocator
 _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+
+
+def fresh_tensors(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    """Uninitialised tensors on the CPU, each with a storage of its own, together on huge pages where that pays.
+
+    The memory goes back to the system when the last tensor of a mapping is gone. As with `torch.frombuffer`, a storage
+    cannot be resized.
+
+    Example:
+        >>> import torch
+        >>> first, second = fresh_tensors([((2, 3), torch.float32), ((4,), torch.int8)])
+        >>> first.shape, second.untyped_storage().nbytes()
+        (torch.Size([2, 3]), 4)
+
+    Args:
+        specs: Shape and dtype of each.
+    """
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
+    if _MADV_HUGEPAGE is None or sum(sizes) < _LARGE:
+        return [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
+    places: list[tuple[int, int]] = []  # number of the mapping, offset in it
+    lengths: list[int] = []
+    for size in sizes:
+        if not lengths or (lengths[-1] and lengths[-1] + size > _MAPPING):
+            lengths.append(0)
+        places.append((len(lengths) - 1, lengths[-1]))
+        lengths[-1] += -(-size // _ALIGNMENT) * _ALIGNMENT
+    mappings = [_mapping(length) for length in lengths]
+    return [
+        torch.frombuffer(mappings[number], dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+        if size
+        else torch.empty(shape, dtype=dtype)
+        for (shape, dtype), size, (number, offset) in zip(specs, sizes, places, strict=True)
+    ]
+
+
+def _mapping(length: int) -> mmap.mmap:
+    whole = -(-max(length, 1) // _HUGE_PAGE) * _HUGE_PAGE  # the kernel aligns what is a multiple of a huge page
+    made = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    assert _MADV_HUGEPAGE is not None
+    made.madvise(_MADV_HUGEPAGE)
+    return made
 
 
 def empty_like_spec(
@@ -35,23 +80,21 @@ def empty_like_spec(
         torch.Size([2, 3])
     """
     if like is not None and tuple(like.shape) == shape:
-        fresh = torch.empty_like(like, dtype=dtype, device=device, requires_grad=False)
-    else:
-        fresh = torch.empty(shape, dtype=dtype, device=device)
-    if fresh.device.type == "cpu" and fresh.nbytes >= _LARGE:
-        _advise(fresh)
-    return fresh
+        return torch.empty_like(like, dtype=dtype, device=device, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _advise(tensor: Tensor) -> None:
-    """Ask for huge pages under a tensor; a kernel that has none ignores it."""
-    if _MADV_HUGEPAGE is None or not sys.platform.startswith("linux"):
-        return
-    storage = tensor.untyped_storage()
-    first = -(-storage.data_ptr() // _PAGE) * _PAGE
-    length = (storage.data_ptr() + storage.nbytes() - first) // _PAGE * _PAGE
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, writable; it must not outlive the tensor.
+
+    Example:
+        >>> import torch
+        >>> values = torch.zeros(2, dtype=torch.int8)
+        >>> bytes_of(values)[1] = 7
+        >>> values.tolist()
+        [0, 7]
+    """
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -70,16 +113,10 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             target.copy_(value)
         else:
             large.append((target, value))
-    if len(large) < 2 or _THREADS < 2:
-        for target, value in large:
-            target.copy_(value)
-        return
-    with ThreadPoolExecutor(_THREADS) as pool:
-        # the order of the file: neighbours are read ahead together
-        for done in [pool.submit(_copy, target, value) for target, value in large]:
-            done.result()
+    # the order of the file: neighbours are read ahead together
+    in_threads((partial(_copy, target, value) for target, value in large), threads=min(len(large), THREADS))
 
 
 def _copy(target: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
+    with torch.no_grad():  # a thread has a grad mode of its own
         target.copy_(value)

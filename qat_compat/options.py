@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from qat_compat.calibrate import Data, Inputs
 from qat_compat.calibration import Calibration, check_statistic
+from qat_compat.driving import Data, Inputs
 from qat_compat.errors import CalibrationError, CompatError
 from qat_compat.names import Rename
 

@@ -6,7 +6,7 @@ that matching and planning ever see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "Entry", "Fused", "Recipe", "Role", "Schema", "Spec", "Stage"]
+__all__ = ["UNKNOWN", "Entry", "Fused", "Integers", "Recipe", "Role", "Rounding", "Schema", "Spec", "Stage"]
 
 
 UNKNOWN = (-1,)
@@ -153,6 +153,44 @@ class Recipe:
     compute: Callable[..., Tensor]
 
 
+class Integers(NamedTuple):
+    """A weight as the integers that it was rounded to: it is `(values - zero_point) * scale`.
+
+    Args:
+        values: (rows, columns) int8.
+        scale: (rows, groups); each is for `columns / groups` neighbours.
+        zero_point: Like `scale`, of an integer dtype; None where all are 0.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """The integers behind a weight, for those who write it in another form.
+
+    Args:
+        bits: Of each integer, which is signed.
+        group: Number of neighbours in a row that share a scale.
+        scale: dtype of the scales.
+        inputs: What becomes of the layer's inputs: "" (nothing), "symmetric" or "asymmetric" (8 bits, computed anew
+            for each token), or in other words whatever else it is.
+        symmetric: Whether all zero points are 0; None where only the tensors tell.
+        sources: Keys of the checkpoint, in the order in which `compute` takes their tensors.
+        compute: The integers.
+    """
+
+    bits: int
+    group: int
+    scale: torch.dtype
+    inputs: str
+    symmetric: bool | None
+    sources: tuple[str, ...]
+    compute: Callable[..., Integers]
+
+
 @dataclass(frozen=True)
 class Schema(Mapping[str, Entry]):
     """Meaning of every key of one model or checkpoint, in its own order.
@@ -175,6 +213,9 @@ class Schema(Mapping[str, Entry]):
         recipes: Key -> how its tensor is computed; such a key stands for a tensor that the checkpoint holds in
             another form.
         grids: Quantizer name -> the grid of its integers (`-128..127 symmetric`), where that is known.
+        roundings: Key of a weight -> the integers that it was rounded to.
+        unreadable: Name of a tensor -> why no recipe gives it, where a framework knows.
+        folds: Whether its conversion folds normalizations into the layers before them.
         doubtful: Keys whose tensors may be out of use, which only the model that wrote them tells.
     """
 
@@ -187,6 +228,9 @@ class Schema(Mapping[str, Entry]):
     recorded: bool = False
     recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     grids: Mapping[str, str] = field(default_factory=dict, repr=False)
+    roundings: Mapping[str, Rounding] = field(default_factory=dict, repr=False)
+    unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
+    folds: bool = False
     doubtful: frozenset[str] = frozenset()
     _by_quantizer: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -198,6 +242,12 @@ class Schema(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.entries
+
+    def items(self) -> ItemsView[str, Entry]:
+        return self.entries.items()  # not key by key, as a Mapping does
 
     def float_keys(self) -> Iterable[str]:
         """Keys whose tensors the unprepared float model holds too."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from qat_compat.errors import CheckpointError, CompatError
 from qat_compat.frameworks import Description, KeyView, Quantizer, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
-from qat_compat.storage import Checkpoint, open_source
+from qat_compat.storage import Checkpoint, Extent, open_source
 from qat_compat.storage.dtensor import undistributed
 
 __all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
 
+Made = TypeVar("Made")
 SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
 
 
@@ -36,13 +37,32 @@ class Source:
         """One tensor: as it is held, or as its recipe gives it, or what no state_dict holds and our own files do."""
         recipe = self.schema.recipes.get(key)
         if recipe is not None:
-            with torch.no_grad():
-                return recipe.compute(*(self.checkpoint[name] for name in recipe.sources))
+            return self.computed(key, recipe.sources, recipe.compute)
         if key in self.checkpoint:
             return self.checkpoint[key]
         beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
         value: Tensor = beside[key]
         return value
+
+    def computed(self, key: str, sources: tuple[str, ...], compute: Callable[..., Made]) -> Made:
+        """What is computed from tensors of the checkpoint.
+
+        Raises:
+            CheckpointError: They do not fit together, or one of them cannot be read.
+        """
+        tensors = [self.checkpoint[name] for name in sources]
+        try:
+            with torch.no_grad():
+                return compute(*tensors)
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "the tensors that a weight is computed from do not fit together",
+                file=self.checkpoint.name,
+                key=key,
+                expected=", ".join(f"{name} {self.checkpoint.spec(name)}" for name in sources) + " of one layer",
+                found=f"{type(error).__name__}: {error}",
+                remedy="get a fresh copy of the file, or convert the model again",
+            ) from error
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""
@@ -53,6 +73,11 @@ class Source:
         """What two keys have in common that are one tensor; None where that is not known."""
         held = key in self.checkpoint and key not in self.schema.recipes
         return self.checkpoint.alias(key) if held else None
+
+    def extent(self, key: str) -> Extent | None:
+        """Where the bytes of one tensor lie in a file; None where only :meth:`read` gives it."""
+        held = key in self.checkpoint and key not in self.schema.recipes
+        return self.checkpoint.extent(key) if held else None
 
     @property
     def module_order(self) -> list[str]:
@@ -116,7 +141,13 @@ def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
         checkpoint.attributes,
         config if isinstance(config, Mapping) else {},
         checkpoint.metadata,
+        {key: tuple(checkpoint[key].tolist()) for key, spec in specs.items() if _is_shape(key, spec)},
     )
+
+
+def _is_shape(key: str, spec: Spec) -> bool:
+    """Whether a tensor is the shape of another one, whose values are packed."""
+    return key.endswith("_shape") and spec.dtype in (torch.int32, torch.int64) and spec.shape in ((2,), (3,))
 
 
 def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:

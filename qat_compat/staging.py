@@ -7,18 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat_compat.casting import cast_loss
+from qat_compat.casting import cast_loss, is_widening
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
-from qat_compat.frameworks import Description
-from qat_compat.memory import copy_all, empty_like_spec
+from qat_compat.frameworks import Description, Quantizer, Reduction
+from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors
 from qat_compat.names import canonical
 from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
-from qat_compat.schema import Role
-from qat_compat.state import Slot
+from qat_compat.ranges import RangeOver
+from qat_compat.schema import Role, Spec
+from qat_compat.source import Source
+from qat_compat.state import Slot, memory_of
+from qat_compat.storage import Extent, Read, read_all
 
 __all__ = ["Reading", "Staged", "stage"]
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,7 @@ class Reading:
 
     Args:
         description: The model that they are for.
-        read: Reads one tensor of the source.
-        name: The source's name, for errors.
+        source: What they are read from.
         saved: Canonical key -> value of a saved calibration.
         inplace: Leave parameters to be read straight into the model's own memory.
         mmap: Take file-backed tensors as they are.
@@ -37,8 +41,7 @@ class Reading:
     """
 
     description: Description
-    read: Callable[[str], Tensor]
-    name: str = "<source>"
+    source: Source
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     inplace: bool = False
     mmap: bool = False
@@ -51,10 +54,28 @@ class Staged:
     """Values read for a plan, before the model is touched."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by first key of the slot
-    in_place: dict[str, Tensor] = field(default_factory=dict)  # read, but written only when all else is settled
     hidden: dict[str, Tensor] = field(default_factory=dict)  # state that the state_dict does not hold
     extra: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, str] = field(default_factory=dict)
+    # Into the model's own memory; it is written only when all else is settled.
+    reads: list[Read] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    # parameter and axis -> the memory it was read into, and its range, worked out meanwhile
+    ranges: dict[Reduction, tuple[Tensor, RangeOver]] = field(default_factory=dict)
+
+    def range_of(self, quantizer: Quantizer) -> tuple[Tensor, Tensor] | None:
+        """The range of what a quantizer quantizes, where that is a parameter, as it was read."""
+        wanted = quantizer.reduction()
+        if wanted is None or wanted not in self.ranges or quantizer.source is None:
+            return None
+        memory, found = self.ranges[wanted]
+        return found.result() if memory_of(quantizer.source()) == memory_of(memory) else None
+
+    def write_in_place(self) -> None:
+        """Overwrite the model's own memory: from here on there is no way back."""
+        read_all(self.reads)
+        copy_all(self.copies)
 
 
 def stage(plan: Plan, reading: Reading) -> Staged:
@@ -63,15 +84,15 @@ def stage(plan: Plan, reading: Reading) -> Staged:
     Raises:
         PlanError: Values that a cast would destroy, or tied names with different values.
     """
-    schema, slots = reading.description.schema, reading.description.view.slots
-    staged = Staged()
-    problems: list[Problem] = []
-    origin: dict[str, str] = {}
-    copies: list[tuple[Tensor, Tensor]] = []
+    stager = _Stager(reading, _reductions(plan, reading.description))
+    staged = stager.staged
+    slots = reading.description.view.slots
     for step in plan.steps:
-        if isinstance(step, Copy) or (isinstance(step, Derive) and step.value):
-            origin_key = step.source if isinstance(step, Copy) else step.value
-            _stage_one(step.key, origin_key, reading, schema[step.key].role, slots, staged, origin, copies, problems)
+        if isinstance(step, Copy):
+            stager.copy(step.key, step.source)
+            reading.advance()
+        elif isinstance(step, Derive) and step.value:
+            stager.derive(step.key, step.value)
             reading.advance()
         elif isinstance(step, Synthesize) and step.how is How.RECORD:
             value = reading.saved[canonical(step.key)]
@@ -80,79 +101,165 @@ def stage(plan: Plan, reading: Reading) -> Staged:
                 staged.hidden[step.key] = value.clone()
             else:
                 staged.tensors[slot.key] = value.to(slot.tensor.device, slot.tensor.dtype, copy=True)
-    if problems:
-        raise PlanError(problems, file=plan.source)
-    copy_all(copies)
+    if stager.problems:
+        raise PlanError(stager.problems, file=plan.source)
+    stager.read()
     return staged
 
 
-def _stage_one(
-    key: str,
-    source: str,
-    reading: Reading,
-    role: Role,
-    slots: Mapping[str, Slot],
-    staged: Staged,
-    origin: dict[str, str],
-    copies: list[tuple[Tensor, Tensor]],
-    problems: list[Problem],
-) -> None:
-    if role is Role.EXTRA:
-        staged.extra[key] = reading.read(source)
-        return
-    value = _read(reading, source)
-    slot = slots.get(key)
-    if slot is None:
-        staged.hidden[key] = value.clone()
-        return
-    if slot.key in origin:
-        if origin[slot.key] != source and not _equal(_read(reading, origin[slot.key]), value):
-            detail = f"{origin[slot.key]} and {source} differ, and the model ties {' and '.join(slot.keys[:2])}"
-            problems.append(Problem(ProblemKind.MISMATCHED, key, detail, f"drop={source!r} keeps the other one"))
-        return
-    origin[slot.key] = source
-    target = slot.tensor
-    device = target.device if target.device.type != "meta" else reading.device or torch.device("cpu")
-    if value.dtype != target.dtype:
-        loss = cast_loss(value, target.dtype)
-        if loss is not None and loss.fatal:
-            problems.append(Problem(ProblemKind.LOSSY, key, loss.text, "prepare the model in the file's dtype"))
+def _reductions(plan: Plan, description: Description) -> dict[str, list[Reduction]]:
+    """Parameter -> what of it quantizers want to know, as far as no forward shows it to them."""
+    how = {step.quantizer: step.how for step in plan.steps if isinstance(step, Synthesize)}
+    found: dict[str, list[Reduction]] = {}
+    if How.CALIBRATION not in how.values():
+        for quantizer in description.quantizers:
+            wanted = quantizer.reduction() if how.get(quantizer.name) is How.WEIGHTS else None
+            if wanted is not None:
+                found.setdefault(wanted.parameter, []).append(wanted)
+    return found
+
+
+class _Stager:
+    """What is decided tensor by tensor, so that all of them can then be read together."""
+
+    def __init__(self, reading: Reading, reductions: Mapping[str, list[Reduction]]) -> None:
+        self.reading = reading
+        self.reductions = reductions
+        self.source = reading.source
+        self.schema = reading.description.schema
+        self.slots = reading.description.view.slots
+        self.staged = Staged()
+        self.problems: list[Problem] = []
+        self.origin: dict[str, str] = {}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.streams: list[tuple[Slot, Spec, Extent]] = []
+        self.on_host = reading.device is None or reading.device.type == "cpu"
+
+    def copy(self, key: str, source: str) -> None:
+        """Take one tensor of the source for one key of the model."""
+        if self.schema[key].role is Role.EXTRA:
+            self.staged.extra[key] = self.source.read(source)
             return
-        if loss is not None:
-            staged.losses[key] = loss.text
-    if reading.mmap and value.dtype == target.dtype and value.device == device and value.shape == target.shape:
-        staged.tensors[slot.key] = value.detach()
-        return
-    if reading.inplace and slot.is_parameter and target.device.type != "meta":
-        staged.in_place[slot.key] = value
-        return
-    like = target if target.device.type != "meta" else None
-    fresh = empty_like_spec(tuple(value.shape), target.dtype, device, like)
-    staged.tensors[slot.key] = fresh
-    copies.append((fresh, value))
+        slot = self.slots.get(key)
+        if slot is None:
+            self.staged.hidden[key] = self._read(source).clone()
+        elif slot.key in self.origin:
+            self._compare(key, slot, source)
+        else:
+            self.origin[slot.key] = source
+            if not self._stream(slot, source):
+                self._take(key, slot, self._read(source))
 
+    def derive(self, key: str, source: str) -> None:
+        """Take what a recipe of the source gives; a range may have another framework's shape, (C, 1, 1, 1) of (C,)."""
+        slot = self.slots.get(key)
+        if slot is None or not self.schema[key].role.is_observed:
+            self.copy(key, source)
+            return
+        value = self._read(source)
+        self._take(key, slot, value.reshape(slot.tensor.shape if value.numel() == slot.tensor.numel() else -1))
 
-def _read(reading: Reading, source: str) -> Tensor:
-    """One tensor with memory of its own; whatever goes wrong is a :class:`CheckpointError`."""
-    try:
-        value = reading.read(source)
-    except CompatError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"the tensor cannot be read: {type(error).__name__}: {error}", file=reading.name, key=source
-        ) from error
-    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-        kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
-        raise CheckpointError(
-            "the tensor holds no plain values",
-            file=reading.name,
-            key=source,
-            expected="a dense tensor with data",
-            found=f"a {kind} tensor",
-            remedy="save a dense, dequantized tensor under this name, or drop= it",
-        )
-    return value
+    def read(self) -> None:
+        """Fill fresh memory with what streams from a file, then with all else."""
+        targets = {slot.key: slot.tensor.dtype for slot, _, _ in self.streams}
+        large = [slot for slot, _, _ in self.streams if slot.is_parameter]
+        fresh = fresh_tensors([(tuple(slot.tensor.shape), targets[slot.key]) for slot in large])
+        made = {slot.key: tensor for slot, tensor in zip(large, fresh, strict=True)}
+        for slot, spec, _ in self.streams:
+            if not slot.is_parameter:  # quantizers resize buffers, so each has memory of torch's own
+                made[slot.key] = torch.empty(spec.shape, dtype=targets[slot.key])
+        read_all([self._to_read(slot, spec, extent, made[slot.key]) for slot, spec, extent in self.streams])
+        self.staged.tensors.update(made)
+        copy_all(self.copies)
+
+    def _stream(self, slot: Slot, source: str) -> bool:
+        """Whether the bytes of the file can be read straight into memory that the model then has."""
+        target = slot.tensor
+        if type(target) not in _PLAIN or target.layout is not torch.strided or not target.is_contiguous():
+            return False
+        if not (target.is_cpu or (target.is_meta and self.on_host)) or self.reading.mmap:
+            return False
+        spec = self.source.spec(source)
+        if spec.shape != target.shape or not (spec.dtype == target.dtype or is_widening(spec.dtype, target.dtype)):
+            return False
+        extent = self.source.extent(source)
+        if extent is None:
+            return False
+        if self._is_in_place(slot):
+            self.staged.reads.append(self._to_read(slot, spec, extent, target.data))
+        else:
+            self.streams.append((slot, spec, extent))
+        return True
+
+    def _to_read(self, slot: Slot, spec: Spec, extent: Extent, target: Tensor) -> Read:
+        wanted = {reduction for key in slot.keys for reduction in self.reductions.get(key, ())}
+        if not wanted or not RangeOver.takes(target.dtype) or not target.dim():
+            return Read(extent, spec.dtype, target)
+        found = {one: RangeOver(None if one.axis is None else one.axis % target.dim()) for one in wanted}
+        self.staged.ranges.update({one: (target, over) for one, over in found.items()})
+
+        def each(first: int, rows: Tensor) -> None:
+            for over in found.values():
+                over.add(first, rows)
+
+        return Read(extent, spec.dtype, target, each)
+
+    def _is_in_place(self, slot: Slot) -> bool:
+        return self.reading.inplace and slot.is_parameter and not slot.tensor.is_meta
+
+    def _compare(self, key: str, slot: Slot, source: str) -> None:
+        """Names that the model ties must have one value in the source."""
+        first = self.origin[slot.key]
+        if first == source or _equal(self._read(first), self._read(source)):
+            return
+        detail = f"{first} and {source} differ, and the model ties {' and '.join(slot.keys[:2])}"
+        self.problems.append(Problem(ProblemKind.MISMATCHED, key, detail, f"drop={source!r} keeps the other one"))
+
+    def _take(self, key: str, slot: Slot, value: Tensor) -> None:
+        """Take a tensor that has been read."""
+        target, staged, reading = slot.tensor, self.staged, self.reading
+        device = target.device if not target.is_meta else reading.device or torch.device("cpu")
+        if value.dtype != target.dtype:
+            loss = cast_loss(value, target.dtype)
+            if loss is not None and loss.fatal:
+                remedy = "prepare the model in the file's dtype"
+                self.problems.append(Problem(ProblemKind.LOSSY, key, loss.text, remedy))
+                return
+            if loss is not None:
+                staged.losses[key] = loss.text
+        if reading.mmap and value.dtype == target.dtype and value.device == device and value.shape == target.shape:
+            staged.tensors[slot.key] = value.detach()
+            return
+        if self._is_in_place(slot):
+            staged.copies.append((target.data, value))
+            return
+        like = target if not target.is_meta else None
+        fresh = empty_like_spec(tuple(value.shape), target.dtype, device, like)
+        staged.tensors[slot.key] = fresh
+        self.copies.append((fresh, value))
+
+    def _read(self, source: str) -> Tensor:
+        """One tensor with memory of its own; whatever goes wrong is a :class:`CheckpointError`."""
+        name = self.source.checkpoint.name
+        try:
+            value = self.source.read(source)
+        except CompatError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"the tensor cannot be read: {type(error).__name__}: {error}", file=name, key=source
+            ) from error
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+            raise CheckpointError(
+                "the tensor holds no plain values",
+                file=name,
+                key=source,
+                expected="a dense tensor with data",
+                found=f"a {kind} tensor",
+                remedy="save a dense, dequantized tensor under this name, or drop= it",
+            )
+        return value
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:

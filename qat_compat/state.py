@@ -67,7 +67,18 @@ class Slot:
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under every name that reaches it, in the order of `state_dict`."""
-    yield from model.named_modules(remove_duplicate=False)
+    found: list[tuple[str, nn.Module]] = []
+    _walk(model, "", found)
+    yield from found
+
+
+def _walk(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> None:
+    # `named_modules` hands each name up through one generator per level
+    found.append((path, module))
+    prefix = f"{path}." if path else ""
+    for name, child in module._modules.items():
+        if child is not None:
+            _walk(child, prefix + name, found)
 
 
 def collect_slots(model: nn.Module) -> dict[str, Slot]:
@@ -84,24 +95,28 @@ def collect_slots(model: nn.Module) -> dict[str, Slot]:
     found: dict[Hashable, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
     order: list[tuple[str, Hashable]] = []
     for path, module in modules_of(model):
-        own: list[tuple[str, Tensor | None, bool]] = [(n, p, True) for n, p in module._parameters.items()]
-        own += [(n, b, n not in module._non_persistent_buffers_set) for n, b in module._buffers.items()]
-        for name, tensor, kept in own:
-            if tensor is not None:
-                key, ident = join_path(path, name), memory_of(tensor)
-                found.setdefault(ident, []).append((key, module, name, tensor, kept))
-                order.append((key, ident))
-    slots = {
-        ident: Slot(
-            tuple(key for key, *_ in rows),
-            tuple((module, name) for _, module, name, _, _ in rows),
-            isinstance(rows[0][3], nn.Parameter),
-            any(kept for *_, kept in rows),
-            tuple({id(tensor): tensor for _, _, _, tensor, _ in rows}.values()),
-        )
-        for ident, rows in found.items()
-    }
+        hidden = module._non_persistent_buffers_set
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    key, ident = join_path(path, name), memory_of(tensor)
+                    found.setdefault(ident, []).append((key, module, name, tensor, name not in hidden))
+                    order.append((key, ident))
+    slots = {ident: _slot(rows) for ident, rows in found.items()}
     return {key: slots[ident] for key, ident in order}
+
+
+def _slot(rows: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
+    if len(rows) == 1:  # nearly always
+        ((key, module, name, tensor, kept),) = rows
+        return Slot((key,), ((module, name),), isinstance(tensor, nn.Parameter), kept, (tensor,))
+    return Slot(
+        tuple(key for key, *_ in rows),
+        tuple((module, name) for _, module, name, _, _ in rows),
+        isinstance(rows[0][3], nn.Parameter),
+        any(kept for *_, kept in rows),
+        tuple({id(tensor): tensor for _, _, _, tensor, _ in rows}.values()),
+    )
 
 
 def memory_of(tensor: Tensor) -> Hashable:
@@ -113,7 +128,7 @@ def memory_of(tensor: Tensor) -> Hashable:
         >>> memory_of(weight) == memory_of(weight.detach()), memory_of(weight) == memory_of(weight[0])
         (True, False)
     """
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.device.type == "meta" or not tensor.numel():
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_meta or not tensor.numel():
         return id(tensor)
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()

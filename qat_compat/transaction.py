@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +36,7 @@ class Transaction:
     def install(self, key: str, value: Tensor) -> None:
         """Make a slot hold `value`; the tensor object stays the same wherever that is possible."""
         slot = self.slots[key]
-        if slot.tensor.device.type != "meta":
+        if not slot.tensor.is_meta:
             for tensor in slot.tensors:
                 tensor.data = value
             return
@@ -44,16 +44,16 @@ class Transaction:
         for module, name in slot.owners:
             (module._parameters if slot.is_parameter else module._buffers)[name] = fresh  # type: ignore[assignment]
 
-    def scratch(self) -> None:
-        """Copies stand in for every buffer, so that nothing that runs can reach the model's own."""
+    def scratch(self, but: Container[str] = ()) -> None:
+        """Copies stand in for every buffer `but` those, so that nothing that runs can reach the model's own."""
         for key, slot in self.slots.items():
-            if not slot.is_parameter and slot.tensor.device.type != "meta":
+            if not slot.is_parameter and not slot.tensor.is_meta and key not in but:
                 self.install(key, slot.tensor.data.clone())
 
     def settle(self, staged: Mapping[str, Tensor], changed: set[str]) -> None:
         """Keep what quantizers wrote to the buffers in `changed`; every other one gets its staged or its old value."""
         for key, slot in self.slots.items():
-            if slot.is_parameter or slot.tensor.device.type == "meta":
+            if slot.is_parameter or slot.tensor.is_meta:
                 continue
             if key in changed:
                 module, name = slot.owners[0]

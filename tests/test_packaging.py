@@ -177,3 +177,20 @@ def test_the_ci_script_runs_the_test_command(tmp_path: Path, ci: str, checkpoint
         str(beside) if checkpoints else "",
         "" if ci == "true" else "kept",
     ]
+
+
+def test_every_public_name_is_one_of_the_package() -> None:
+    """Names are imported when they are asked for: none is hidden by a module of the same name."""
+    code = (
+        "import pkgutil, qat_compat as qc, qat_compat.driving, qat_compat.report\n"
+        "assert set(qc._HOME) == set(qc.__all__) <= set(dir(qc))\n"
+        "assert not set(qc.__all__) & {found.name for found in pkgutil.iter_modules(qc.__path__)}\n"
+        "assert all(getattr(qc, name).__module__.startswith('qat_compat.') for name in qc.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    code = "import sys, qat_compat; print(*sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

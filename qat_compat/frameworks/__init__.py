@@ -10,12 +10,14 @@ from torch import nn
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks.aimet import AIMET
-from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
+from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
-from qat_compat.frameworks.converted import Converted, ConvertedTorchAO
+from qat_compat.frameworks.converted import Converted
 from qat_compat.frameworks.converted_pt2e import ConvertedPT2E
+from qat_compat.frameworks.converted_torchao import ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
+from qat_compat.frameworks.gptq import GPTQ
 from qat_compat.frameworks.modelopt import CompressedModelOpt, ModelOpt
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
@@ -32,6 +34,7 @@ __all__ = [
     "KeyView",
     "Needs",
     "Quantizer",
+    "Reduction",
     "describe_keys",
     "describe_model",
     "with_sites",
@@ -40,6 +43,7 @@ __all__ = [
 # The first that owns a model or a checkpoint describes it. Integers come first, so that what was converted only in part
 # is never taken for prepared; what extends another framework stands before it.
 FRAMEWORKS: tuple[Framework, ...] = (
+    GPTQ(),
     Converted(),
     ConvertedPT2E(),
     ConvertedTorchAO(),
@@ -97,14 +101,14 @@ def describe_model(model: nn.Module) -> Description:
         >>> list(description.schema), description.schema.framework
         (['weight', 'bias'], 'plain')
     """
-    lazy = [key for key, tensor in model.named_parameters() if isinstance(tensor, nn.UninitializedParameter)]
+    view = ModelView(model, dict(modules_of(model)), collect_slots(model))
+    lazy = [key for key, slot in view.slots.items() if isinstance(slot.tensor, nn.UninitializedParameter)]
     if lazy:
         raise CompatError(
             "the model has lazy modules that are not built yet",
             key=", ".join(lazy[:4]),
             remedy="run one forward first, so that their shapes are known",
         )
-    view = ModelView(model, dict(modules_of(model)), collect_slots(model))
     framework = next((f for f in FRAMEWORKS if f.owns_model(view)), None)
     if framework is None:
         schema = Schema(_entries(view, {}, [], ()), non_persistent=_non_persistent(view))
@@ -144,13 +148,14 @@ def _entries(
     entries: dict[str, Entry] = {}
     for path, module in view.modules.items():
         owner = owners.get(path)
-        site_path = path if path in prefixes else _rename(path, sites)
+        site_path = path if not sites or path in prefixes else _rename(path, sites)
         for name in (*module._parameters, *module._buffers):
             key = join_path(path, name)
             slot = view.slots.get(key)
             if slot is None or name in module._non_persistent_buffers_set:
                 continue
-            spec = Spec(tuple(slot.tensor.shape), slot.tensor.dtype)
+            tensor = slot.tensors[0]
+            spec = Spec(tuple(tensor.shape), tensor.dtype)
             if owner is not None and framework is not None:
                 quantizer, root = owner
                 entry = framework.leaf_entry(quantizer, key[len(root) + 1 :], key, spec)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from qat_compat.conventions import Encoding
 from qat_compat.errors import Problem
-from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Fused, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ModelView",
     "Needs",
     "Quantizer",
+    "Reduction",
     "is_captured",
     "plain_entry",
     "tensorless_places",
@@ -40,6 +41,18 @@ class Needs(Enum):
     DEFINITION = "definition"  # fixed when the quantizer was made
     WEIGHTS = "weights"  # a tensor that the model holds
     DATA = "data"  # what flows through the model
+
+
+class Reduction(NamedTuple):
+    """A parameter whose range is all that a quantizer takes of it.
+
+    Args:
+        parameter: Its key.
+        axis: The axis that has a range per index; None for one range of all.
+    """
+
+    parameter: str
+    axis: int | None
 
 
 class Quantizer(ABC):
@@ -86,6 +99,14 @@ class Quantizer(ABC):
     @abstractmethod
     def observe(self, value: Tensor) -> None:
         """See one tensor, as the forward of the model would show it."""
+
+    def reduction(self) -> Reduction | None:
+        """What :meth:`observe_range` is enough for in place of :meth:`observe`, where it is."""
+        return None
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
+        """See the range of a tensor in place of the tensor."""
+        raise NotImplementedError(f"{type(self.module).__name__} looks at more than a range")
 
     @abstractmethod
     def settle(self) -> None:
@@ -145,6 +166,10 @@ class Quantizer(ABC):
         """Set what was observed to the range that scale and zero_point span on the grid."""
         raise NotImplementedError(f"{type(self.module).__name__} keeps no range")
 
+    def roundings(self) -> Mapping[str, Rounding]:
+        """Parameter key -> the integers that the quantizer rounds that parameter to, where others can take them."""
+        return {}
+
     def channels(self) -> int | None:
         """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
         return 1
@@ -170,7 +195,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class KeyView:
-    """What a framework may look at to describe a checkpoint: keys and specs, never tensors.
+    """What a framework may look at to describe a checkpoint: keys and specs, and of its tensors those that are a shape.
 
     Args:
         specs: Key -> shape and dtype.
@@ -180,6 +205,7 @@ class KeyView:
             the attributes of its class, as JSON values; the keys are those of the tensors in it.
         config: `quantization_config` of the `config.json` beside the file.
         metadata: Training state beside the weights, as plain data.
+        shapes: Key of a tensor that holds a shape (`fc.weight_shape`) -> that shape.
     """
 
     specs: Mapping[str, Spec]
@@ -188,6 +214,7 @@ class KeyView:
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Framework(ABC):

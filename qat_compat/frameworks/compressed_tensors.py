@@ -5,10 +5,8 @@ What is known here, and what it rests on (compressed-tensors 0.20):
 * Float names stay; beside `weight` a layer has `weight_scale` (out, 1), (out, in/group) or (1,), `weight_zero_point`,
   `input_scale` (1,), `input_zero_point`, and likewise for outputs and for the keys and values of attention.
 * Before compression `weight` is the master weight, in floating point. Compressed, it is int8 or float8
-  (`int-quantized`, `float-quantized`, `naive-quantized`), or gone: `weight_packed` holds 4-bit values (int32 words, or
-  uint8 for NVFP4) and `weight_shape` their true shape, with `weight_g_idx` where columns were reordered.
-* `weight_scale_inv` is the same for 128 x 128 blocks of a float8 weight; `weight_scale_2` is what ModelOpt's export
-  calls NVFP4's `weight_global_scale`.
+  (`int-quantized`, `float-quantized`, `naive-quantized`), or gone: `weight_packed` holds it in int32 words
+  (`pack-quantized`, 1 to 8 bits) or two E2M1 values to a byte (NVFP4, MXFP4), and `weight_shape` its true shape.
 * A float model's own tensor may be called `weight_scale` too; what tells is the `quantization_config` beside the file,
   or the tensor's shape and its neighbours.
 """
@@ -20,22 +18,12 @@ from collections.abc import Mapping
 import torch
 
 from qat_compat.frameworks.base import KeyView
-from qat_compat.frameworks.key_tables import KeyedFramework, Place, holds_integers, site_of
+from qat_compat.frameworks.compressed_layers import PARTS, Groups, decode_layer
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, holds_integers, site_of
 from qat_compat.schema import Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
 __all__ = ["CompressedTensors"]
-
-PARTS: Mapping[str, Role] = {
-    "scale":         Role.SCALE,
-    "scale_inv":     Role.SCALE,
-    "scale_2":       Role.SCALE,
-    "global_scale":  Role.SCALE,
-    "zero_point":    Role.ZERO_POINT,
-    "g_idx":         Role.CONSTANT,
-    "packed":        Role.PACKED,
-    "shape":         Role.PACKED,
-}  # fmt: skip
 
 KINDS = ("weight", "input", "output", "q", "k", "v")
 LEAVES: Mapping[str, tuple[str, Role]] = {f"{k}_{part}": (k, role) for k in KINDS for part, role in PARTS.items()}
@@ -63,6 +51,16 @@ class CompressedTensors(KeyedFramework):
     def stage(self, view: KeyView) -> Stage:
         packed = any(key.endswith(_COMPRESSED) for key in view.specs)
         return Stage.CONVERTED if packed or holds_integers(view.specs) else Stage.PREPARED
+
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
+        found: dict[str, Decoded | str] = {}
+        groups = Groups.of(view.config)
+        for key, spec in view.specs.items():
+            parent, leaf = split_path(key)
+            if leaf == "weight_packed" or (leaf == "weight" and holds_integers({"weight": spec})):
+                name = join_path(parent, "weight")
+                found[name] = decode_layer(name, view, groups)
+        return found
 
 
 def _tells(key: str, view: KeyView) -> bool:

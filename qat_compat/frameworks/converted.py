@@ -1,6 +1,6 @@
 """Converted models: integers where the weights were. They are told apart here so that none is taken for float.
 
-What is known here, and what it rests on (torch 2.13, torchao 0.18):
+What is known here, and what it rests on (torch 2.13):
 
 * torch.ao eager and FX: `weight` of a quantized dtype, `scale` and `zero_point` of the output beside it; a linear
   layer packs its weight and bias into `_packed_params._packed_params`, which reads as `.0` and `.1`; an embedding packs
@@ -8,9 +8,8 @@ What is known here, and what it rests on (torch 2.13, torchao 0.18):
   are its own `dequantize()`.
 * FX keeps the scale of an input or of a function at the root, `conv1_input_scale_0`, `_scale_3`, as scalars.
 * The batch normalization after a converted convolution is folded into it, and gone.
-* torchao: the inner tensors of a tensor subclass, by the names of its own flat form: `_weight_qdata`, `_weight_scale`.
-  In memory the tensor itself is the subclass, which has a list of these names as `tensor_data_names`.
-* GPTQ and AWQ: `qweight`, `qzeros`, `scales`. bitsandbytes: `weight.absmax` and `weight.quant_map`, or `SCB`.
+* bitsandbytes: `weight.absmax` and `weight.quant_map`, or `SCB`. They are told, and not computed from; nor are
+  `qweight` and `qzeros` that are not whole layers of GPTQ or AWQ.
 """
 
 from __future__ import annotations
@@ -27,32 +26,23 @@ from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, sit
 from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
-__all__ = ["Converted", "ConvertedTorchAO"]
+__all__ = ["Converted"]
 
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _PACKED_PARAMS = re.compile(r"(?:(?P<host>.+?)\.)?_packed_params(?:\.\w+)*$")
 _SCALAR = re.compile(r"(?P<name>(?:\w+\.)*?\w*?)_(?P<part>scale|zero_point)_(?P<number>\d+)$")
-_INNER = re.compile(
-    r"(?:(?P<host>.+)\.)?_+(?P<name>[a-z]\w*?)_(?:tensor_impl_)?"
-    r"(?P<part>qdata|qdata_and_metadata|int_data|float8_data|packed_weights?|scale|group_scale|row_scale|zero_point"
-    r"|group_zero|scale_and_zero|sparse_metadata|act_pre_scale|act_quant_scale|act_quant_zero_point"
-    r"|per_tensor_scale|act_per_tensor_scale)$"
-)
-_DATA = ("qdata", "qdata_and_metadata", "int_data", "float8_data", "packed_weights", "packed_weight")
 _OTHERS = ("qweight", "qzeros", "weight.absmax", "weight.quant_map", "SCB")
 
 
-class _Converted(KeyedFramework):
-    live_stage = Stage.CONVERTED
-
-    def stage(self, view: KeyView) -> Stage:
-        return Stage.CONVERTED
-
-
-class Converted(_Converted):
+class Converted(KeyedFramework):
     """torch.ao eager and FX after `convert`, and the integer layouts of others."""
 
     name = "converted"
+    live_stage = Stage.CONVERTED
+    folds = True
+
+    def stage(self, view: KeyView) -> Stage:
+        return Stage.CONVERTED
 
     def owns_model(self, view: ModelView) -> bool:
         return any(_is_converted_class(type(module)) for module in view.modules.values())
@@ -122,24 +112,3 @@ def _is_converted_class(kind: type) -> bool:
 
 def _is_others(key: str, spec: Spec) -> bool:
     return key.endswith(_OTHERS) and (key.rpartition(".")[2] != "qweight" or not spec.dtype.is_floating_point)
-
-
-class ConvertedTorchAO(_Converted):
-    """torchao's tensor subclasses after `quantize_(model, QATConfig(..., step="convert"))`."""
-
-    name = "torchao"
-
-    def owns_model(self, view: ModelView) -> bool:
-        return any(hasattr(type(slot.tensor), "tensor_data_names") for slot in view.slots.values())
-
-    def owns_keys(self, view: KeyView) -> bool:
-        found = (_INNER.match(key) for key in view.specs if "._" in key or key.startswith("_"))
-        return bool(view.attributes) or any(one is not None and one["part"] in _DATA for one in found)
-
-    def place(self, key: str, spec: Spec) -> Place | None:
-        found = _INNER.match(key)
-        if found is None:
-            return None
-        host, name = found["host"] or "", found["name"]
-        role = Role.SCALE if found["part"].endswith("scale") else Role.PACKED
-        return Place(join_path(host, name), site_of(name, host), found["part"], role)

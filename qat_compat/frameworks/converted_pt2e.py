@@ -33,6 +33,8 @@ __all__ = ["ConvertedPT2E"]
 _FROZEN = re.compile(r"(?:.+\.)?_frozen_param\d+$")
 _CONSTANT = re.compile(r"(?:.+\.)?_(?:scale|zero_point)_\d+$")
 _NEW_BIAS = "weight_bias"
+# the class token of a transformer, say, expanded to the batch and then rounded
+_COMPUTED = "what the graph computes from float tensors of the file, rounded"
 FOLDED = "a normalization that is folded into a convolution, and out of use"
 
 
@@ -41,6 +43,7 @@ class ConvertedPT2E(KeyedFramework):
 
     name = "pt2e"
     live_stage = Stage.CONVERTED
+    folds = True
 
     def owns_model(self, view: ModelView) -> bool:
         return any(slot.tensor.dtype is torch.int8 and _FROZEN.match(key) for key, slot in view.slots.items())
@@ -61,6 +64,7 @@ class ConvertedPT2E(KeyedFramework):
     def describe_keys(self, view: KeyView) -> Schema:
         schema = super().describe_keys(view)
         folded = view.record.get("folded")
+        used = {key for recipe in schema.recipes.values() for key in recipe.sources}
         entries = dict(schema.entries)
         for key, entry in schema.entries.items():
             parent, leaf = split_path(key)
@@ -68,9 +72,9 @@ class ConvertedPT2E(KeyedFramework):
                 entries[key] = plain_entry(join_path(parent, "bias"), entry.spec)
             elif isinstance(folded, Sequence) and parent in folded:
                 entries[key] = replace(entry, role=Role.CONSTANT, optional=FOLDED)
-        norms = (
-            {split_path(key)[0] for key in entries if split_path(key)[1] == "running_mean"} if folded is None else ()
-        )
+            elif entry.role is Role.PACKED and key not in used:
+                entries[key] = replace(entry, role=Role.CONSTANT, optional=_COMPUTED)
+        norms = {split_path(key)[0] for key in entries if folded is None and split_path(key)[1] == "running_mean"}
         doubtful = frozenset(key for key in entries if split_path(key)[0] in norms)
         return replace(schema, entries=entries, recorded=folded is not None, doubtful=doubtful, _by_quantizer={})
 

@@ -10,13 +10,15 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat_compat.errors import Problem, ProblemKind, QParamError
-from qat_compat.frameworks.base import Needs, Quantizer
+from qat_compat.frameworks.base import Needs, Quantizer, Reduction
+from qat_compat.ranges import value_range
 from qat_compat.schema import Role
 from qat_compat.text import counted
 
@@ -60,7 +62,12 @@ _MIN_MAX_OBSERVERS = frozenset(
 
 def has_base(module: object, name: str) -> bool:
     """Whether a class of this name is among the bases; torch.ao and torchao.pt2e have one set of classes each."""
-    return any(base.__name__ == name for base in type(module).__mro__)
+    return name in _names_of_bases(type(module))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=256)
+def _names_of_bases(cls: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in cls.__mro__)
 
 
 def is_fake_quant(module: object) -> bool:
@@ -153,19 +160,26 @@ class FakeQuant(Quantizer):
         self._switch("static_enabled", True)
 
     def observe(self, value: Tensor) -> None:
-        if type(self.observer).__name__ not in _MIN_MAX_OBSERVERS or not value.numel():
-            self.module(value)
-            return
-        # what these observers hold after their first tensor is its range; `amin` and `amax` are several times faster
-        # than the `aminmax(dim=1)` on a float32 copy that they call, and give the same values
-        if self.per_channel:
-            axis = self.observer.ch_axis % value.dim()
-            others = [dim for dim in range(value.dim()) if dim != axis]
-            low, high = (value.amin(others), value.amax(others)) if others else (value, value)
+        if self._keeps_a_range() and value.numel():
+            # what these observers hold after their first tensor is its range; they call `aminmax(dim=1)` on a float32
+            # copy, which is several times slower
+            self.observe_range(*value_range(value, self._axis()))
         else:
-            low, high = torch.aminmax(value)
+            self.module(value)
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
         for mine, bound in ((self.observer.min_val, low), (self.observer.max_val, high)):
             mine.resize_(bound.shape).copy_(bound)
+
+    def reduction(self) -> Reduction | None:
+        whole = self._parameter and self.source is not None and self._factor is None
+        return Reduction(self._parameter, self._axis()) if whole and self._keeps_a_range() else None
+
+    def _keeps_a_range(self) -> bool:
+        return type(self.observer).__name__ in _MIN_MAX_OBSERVERS
+
+    def _axis(self) -> int | None:
+        return int(self.observer.ch_axis) if self.per_channel else None
 
     def settle(self) -> None:
         if not hasattr(self.module, "scale"):
@@ -286,6 +300,7 @@ class FakeQuant(Quantizer):
             return None
         seen = float(torch.stack([value.abs().max() for value in ranges]).max())
         with torch.no_grad():
-            low, high = torch.aminmax(self.source())
+            value = self.source()
+            low, high = value_range(value) if value.numel() else torch.aminmax(value)
         now = max(-float(low), float(high))
         return now / seen if seen > 0 and now > 0 else None

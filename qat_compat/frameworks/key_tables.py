@@ -11,7 +11,7 @@ import torch
 
 from qat_compat.encodings import Encoded, encoded_entries, grid_text
 from qat_compat.frameworks.base import CAPTURED, Framework, KeyView, ModelView, Quantizer, is_captured, plain_entry
-from qat_compat.schema import Entry, Recipe, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Recipe, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import split_path
 
 __all__ = ["Decoded", "KeyedFramework", "Place", "decoded_entries", "holds_integers", "site_of"]
@@ -31,14 +31,17 @@ class Place(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """A tensor of the float model that the checkpoint holds in another form."""
+    """A tensor of the float model that the checkpoint holds in another form, and the integers in it, if it has any."""
 
     entry: Entry
     recipe: Recipe
+    grid: Rounding | None = None
 
 
 class KeyedFramework(Framework):
     """A framework of which only checkpoints are described; its models are read as the modules that they are."""
+
+    folds = False  # whether converting folds normalizations into the layers before them
 
     def owns_model(self, view: ModelView) -> bool:
         return False
@@ -54,8 +57,9 @@ class KeyedFramework(Framework):
         """The float model's name of a tensor that is not a quantizer's."""
         return key
 
-    def decoded(self, view: KeyView) -> Mapping[str, Decoded]:
-        """Key -> tensor of the float model that is computed from others; the key may be that of one of them."""
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
+        """Key -> tensor of the float model that is computed from others, or why it cannot be; the key may be that of
+        one of them."""
         return {}
 
     def encodings(self, view: KeyView) -> Iterable[Encoded]:
@@ -80,11 +84,19 @@ class KeyedFramework(Framework):
             else:
                 entries[key] = Entry(place.site, place.role, *spec, place.quantizer, place.leaf)
         encodings = list(self.encodings(view))
-        decoded = dict(self.decoded(view))
+        outcomes = self.decoded(view)
+        decoded = {key: one for key, one in outcomes.items() if isinstance(one, Decoded)}
         decoded |= {key: Decoded(*found) for one in encodings for key, found in encoded_entries(one).items()}
-        recipes = {key: one.recipe for key, one in decoded.items()}
-        grids = {one.quantizer: text for one in encodings if (text := grid_text(one))}
-        return Schema(decoded_entries(entries, decoded), self.name, self.stage(view), recipes=recipes, grids=grids)
+        return Schema(
+            decoded_entries(entries, decoded),
+            self.name,
+            self.stage(view),
+            recipes={key: one.recipe for key, one in decoded.items()},
+            grids={one.quantizer: text for one in encodings if (text := grid_text(one))},
+            roundings={key: one.grid for key, one in decoded.items() if one.grid is not None},
+            unreadable={key: why for key, why in outcomes.items() if isinstance(why, str)},
+            folds=self.folds,
+        )
 
 
 def decoded_entries(entries: Mapping[str, Entry], decoded: Mapping[str, Decoded]) -> dict[str, Entry]:

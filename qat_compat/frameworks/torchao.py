@@ -13,15 +13,18 @@ What is known here, and what it rests on (torchao 0.18):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat_compat import packing
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
-from qat_compat.schema import Entry, Role, Schema, Spec, Stage
+from qat_compat.schema import Entry, Integers, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
 
 __all__ = ["TorchAOQAT"]
@@ -103,6 +106,10 @@ class IntxQuantizer(Quantizer):
         return {join_path(self._host_path, "weight"): self._quantized} if self._is_weight else {}
 
     def _quantized(self) -> Tensor:
+        return self._seen()[0]
+
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the quantizer makes of the weight, with which scale and zero point."""
         module: Any = self.module
         before = {name: getattr(module, name, None) for name in _LEAVES}
         if self.learns and before["scale"] is None:
@@ -115,11 +122,43 @@ class IntxQuantizer(Quantizer):
         try:
             with torch.no_grad():
                 value: Tensor = module(_weight_of(self._host))
+            return value, module.scale, module.zero_point
         finally:
             module.enabled = enabled
             for name, old in before.items():
                 setattr(module, name, old)
-        return value
+
+    def roundings(self) -> Mapping[str, Rounding]:
+        config: Any = getattr(self.module, "config", None)
+        bits = re.fullmatch(r"torch\.int([1-8])", str(getattr(config, "dtype", "")))
+        if not self._is_weight or bits is None:
+            return {}
+        inputs = _inputs(getattr(self._host, _ACTIVATION, None))
+        weight = _weight_of(self._host)
+        group = weight.shape[-1] if type(config.granularity).__name__ == "PerAxis" else config.granularity.group_size
+        scale = config.scale_precision or weight.dtype
+        compute = partial(self._integers, int(bits[1]), scale)
+        grid = Rounding(int(bits[1]), group, scale, inputs, config.is_symmetric, (), compute)
+        return {join_path(self._host_path, "weight"): grid}
+
+    def _integers(self, bits: int, dtype: torch.dtype) -> Integers:
+        value, scale, zero_point = self._seen()
+        config: Any = self.module.config
+        rows = value.shape[0]
+        scale = scale.detach().reshape(rows, -1).to(dtype)
+        zero = None if config.is_symmetric else zero_point.detach().round().to(torch.int8).reshape(rows, -1)
+        steps = value.reshape(*scale.shape, -1).float() / scale.unsqueeze(-1).float()
+        steps = steps if zero is None else steps + zero.unsqueeze(-1)
+        limit = 1 << (bits - 1)
+        integers = steps.round().clamp(-limit, limit - 1).to(torch.int8).reshape(value.shape)
+        if not torch.equal(packing.dequantize(integers, scale, zero).to(value.dtype), value):
+            raise QParamError(
+                "what the quantizer makes of the weight is not an integer times a scale",
+                key=self.name,
+                expected=f"{bits}-bit integers, their scales and zero points",
+                remedy="take it as float: to_float(model, weights='quantized')",
+            )
+        return Integers(integers, scale, zero)
 
     def grid(self) -> str:
         from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
@@ -145,6 +184,17 @@ class IntxQuantizer(Quantizer):
         setattr(module, leaf, nn.Parameter(value) if self.learns and value.is_floating_point() else value)
         if leaf == "scale" and module.zero_point is None:
             module.zero_point = torch.zeros_like(value, dtype=module.config.zero_point_precision)
+
+
+def _inputs(quantizer: nn.Module | None) -> str:
+    """What becomes of the inputs, in the words of :class:`Rounding`."""
+    if quantizer is None:
+        return ""
+    config: Any = getattr(quantizer, "config", None)
+    per_token = type(getattr(config, "granularity", None)).__name__ in ("PerToken", "PerRow")
+    if getattr(config, "dtype", None) is torch.int8 and per_token and getattr(config, "is_dynamic", False):
+        return "symmetric" if config.is_symmetric else "asymmetric"
+    return "otherwise quantized"
 
 
 def _weight_of(host: nn.Module) -> Tensor:

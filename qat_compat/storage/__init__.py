@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.find import find_checkpoint
+from qat_compat.storage.folder import new_folder
 from qat_compat.storage.io import open_source, save
+from qat_compat.storage.stream import Extent, Read, read_all
 
-__all__ = ["Checkpoint", "find_checkpoint", "open_source", "save"]
+__all__ = ["Checkpoint", "Extent", "Read", "find_checkpoint", "new_folder", "open_source", "read_all", "save"]

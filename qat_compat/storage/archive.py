@@ -5,12 +5,14 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.storage.mapped import MappedFile
+from qat_compat.storage.stream import Extent
 
 __all__ = ["Archive", "Record"]
 
@@ -76,6 +78,13 @@ class Archive:
         if record.method == _DEFLATED:
             return torch.frombuffer(bytearray(self._inflate(record)) or bytearray(1), dtype=torch.uint8)[: record.size]
         return self.file.tensor(self._data(record), record.size)
+
+    def extent(self, record: Record) -> Extent | None:
+        """Where the content of one record lies in the file; None where it is compressed."""
+        if record.method == _DEFLATED:
+            return None
+        check = partial(self.check, record) if self.verify else None
+        return Extent(self.file, self.data_start(record), record.size, check)
 
     def data_start(self, record: Record) -> int:
         """Offset in the file of the content of one record."""

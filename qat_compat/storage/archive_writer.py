@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
 __all__ = ["ArchiveWriter"]
 
 _LOCAL = struct.Struct("<4s5H3L2H")
+_CRC_AT = 14  # in the local header
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -42,7 +44,24 @@ class ArchiveWriter:
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Add one record."""
-        encoded, size, crc = name.encode(), len(data), zlib.crc32(data)
+        self._begin(name, len(data), zlib.crc32(data))
+        self._put(data)
+
+    def write_pieces(self, name: str, pieces: Iterable[memoryview], size: int) -> None:
+        """Add one record of `size` bytes that come piece by piece; its checksum is filled in after the last."""
+        header = self.position
+        self._begin(name, size, 0)
+        crc = 0
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+            self._put(piece)
+        self.stream.seek(header + _CRC_AT)
+        self.stream.write(struct.pack("<L", crc))
+        self.stream.seek(self.position)
+        self.records[-1] = self.records[-1]._replace(crc=crc)
+
+    def _begin(self, name: str, size: int, crc: int) -> None:
+        encoded = name.encode()
         wide = size >= _LIMIT
         extra = struct.pack("<2H2Q", 1, 16, size, size) if wide else b""
         extra += self._padding(_LOCAL.size + len(encoded) + len(extra))
@@ -50,7 +69,6 @@ class ArchiveWriter:
         header = _LOCAL.pack(b"PK\x03\x04", _VERSION, _UTF8, 0, 0, _DATE, crc, shown, shown, len(encoded), len(extra))
         self.records.append(_Written(encoded, self.position, size, crc))
         self._put(header + encoded + extra)
-        self._put(data)
 
     def finish(self) -> None:
         """Write the directory."""

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from qat_compat.errors import SaveError
 
-__all__ = ["write_atomically"]
+__all__ = ["sync_folder", "write_atomically"]
 
 _BUFFER = 1 << 20
 
@@ -67,7 +67,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], *, backup: b
             found=f"[errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error,
             remedy="free space or choose another place; what stood there before is unchanged",
         ) from error
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return target
 
 
@@ -106,7 +106,7 @@ def _keep(target: Path) -> None:
     raise FileExistsError(errno.EEXIST, "too many backups of the same second", str(target))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Bring the rename to the disk, on systems that can do that for a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qat_compat.schema import Spec
 from qat_compat.storage.lazy import HeldTensor
+from qat_compat.storage.stream import Extent
 
 __all__ = ["Checkpoint"]
 
@@ -37,6 +38,7 @@ class Checkpoint(Mapping[str, Tensor]):
             `tensors` (part -> key), `block_size` and whatever else its class keeps.
         notes: What had to be decided while opening (which of two sets of weights, say), for the report.
         alias: Tells which memory a key's tensor is, see :meth:`alias`.
+        extent: Tells where in a file a key's bytes are, see :meth:`extent`.
 
     Once it is opened by :func:`qat_compat.open_checkpoint`, `framework` names whose layout the keys are ("plain",
     "torch_ao", ...) and `stage` is a value of :class:`qat_compat.schema.Stage`: "float", "folded", "prepared" or
@@ -56,10 +58,12 @@ class Checkpoint(Mapping[str, Tensor]):
         attributes: Mapping[str, Mapping[str, Any]] | None = None,
         notes: tuple[str, ...] = (),
         alias: Callable[[str], Hashable | None] | None = None,
+        extent: Callable[[str], Extent | None] | None = None,
     ) -> None:
         self._specs = dict(specs)
         self._read = read
         self._alias = alias
+        self._extent = extent
         self.name = name
         self.metadata: Mapping[str, Any] = dict(metadata or {})
         self.versions: Mapping[str, Mapping[str, Any]] = dict(versions or {})
@@ -94,6 +98,10 @@ class Checkpoint(Mapping[str, Tensor]):
             (True, False)
         """
         return self._alias(key) if self._alias else None
+
+    def extent(self, key: str) -> Extent | None:
+        """Where the bytes of one tensor lie in a file; None where they have to be read with :meth:`__getitem__`."""
+        return self._extent(key) if self._extent else None
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._specs:

@@ -18,6 +18,7 @@ from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import Unreadable
+from qat_compat.storage.stream import Extent
 from qat_compat.storage.text import short
 
 __all__ = ["CONTAINER"]
@@ -67,13 +68,16 @@ class _ShardedTensor(LazyTensor):
     def __init__(self, folder: _Folder, name: str, spec: Spec, pieces: list[Piece]) -> None:
         self.folder, self.name, self.spec, self.pieces = folder, name, spec, pieces
 
+    def extent(self) -> Extent | None:
+        return self.folder.piece(self.name, self.spec, self.pieces[0]).extent() if len(self.pieces) == 1 else None
+
     def read(self) -> Tensor:
         if len(self.pieces) == 1:
-            return self.folder.read_piece(self.name, self.spec, self.pieces[0])
+            return self.folder.piece(self.name, self.spec, self.pieces[0]).read()
         whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
         for piece in self.pieces:
             part = whole[tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))]
-            part.copy_(self.folder.read_piece(self.name, Spec(piece.sizes, self.spec.dtype), piece))
+            part.copy_(self.folder.piece(self.name, Spec(piece.sizes, self.spec.dtype), piece).read())
         return whole
 
 
@@ -128,11 +132,11 @@ class _Folder:
             self.shards[name] = MappedFile(path)
         return self.shards[name]
 
-    def read_piece(self, name: str, spec: Spec, piece: Piece) -> Tensor:
+    def piece(self, name: str, spec: Spec, piece: Piece) -> LazyTensor:
         found = self._region(piece)
         if not isinstance(found, LazyTensor) or found.spec != spec:
             raise self._bad(name, "a shard holds something else than the index says", spec, short(found))
-        return found.read()
+        return found
 
     def _region(self, piece: Piece) -> Any:
         return torch_zip.open_region(self.shard(piece.shard), piece.start, piece.start + piece.length)

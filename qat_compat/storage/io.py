@@ -89,6 +89,7 @@ def save(
     versions: Mapping[str, Mapping[str, Any]] | None = None,
     record: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
+    header: Mapping[str, str] | None = None,
     backup: bool = False,
 ) -> Path:
     """Write a state_dict, all or nothing: as safetensors if the name ends so, else as torch's own zip format.
@@ -111,6 +112,7 @@ def save(
         versions: `_metadata` of the state_dict; by default the mapping's own.
         record: What is known of the keys, as JSON values; tensors may be under `record["hidden"]`.
         metadata: Training state to keep beside the weights. Tensors in it need a .pt file.
+        header: Text for the header of a safetensors file, where a reader of another package looks for it.
         backup: Keep the file that is replaced, under a dated name.
 
     Returns:
@@ -125,7 +127,7 @@ def save(
             versions = tensors.versions
         if isinstance(tensors, Checkpoint) and tensors.attributes:
             record = {"attributes": tensors.attributes, **(record or {})}
-        contents = Contents.of(tensors, versions, record, metadata)
+        contents = Contents.of(tensors, versions, record, metadata, header)
         container = safetensors if path.suffix == ".safetensors" else torch_zip
         write_atomically(path, lambda stream: container.write(stream, contents), backup=backup)
     except SaveError as error:
@@ -171,6 +173,7 @@ def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
         attributes={**_recorded_attributes(record), **described, **weights.attributes},
         notes=(*opened.notes, *([found.note] if found.note else [])),
         alias=lambda key: tensors[key].alias,
+        extent=lambda key: tensors[key].extent(),
     )
 
 

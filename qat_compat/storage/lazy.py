@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import torch
@@ -10,9 +11,19 @@ from torch import Tensor
 from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.schema import Spec
 from qat_compat.storage.qtensor import Quantizer, rebuild_quantized
+from qat_compat.storage.stream import CAN_STREAM, Extent
 from qat_compat.storage.text import short
 
-__all__ = ["HeldTensor", "LazyTensor", "LazyTensors", "Storage", "StoredTensor", "check_extent", "element_size"]
+__all__ = [
+    "HeldTensor",
+    "LazyTensor",
+    "LazyTensors",
+    "Storage",
+    "StoredTensor",
+    "check_extent",
+    "contiguous",
+    "element_size",
+]
 
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 62
@@ -45,6 +56,10 @@ class LazyTensor:
     @property
     def alias(self) -> Hashable | None:
         """Equal for two tensors that are the same memory; None where that is not known."""
+        return None
+
+    def extent(self) -> Extent | None:
+        """Where its bytes lie in a file, ready to be copied; None where they do not."""
         return None
 
     def __repr__(self) -> str:
@@ -89,21 +104,31 @@ class Storage:
         nbytes: Its length in bytes.
         load: Returns it as a uint8 tensor of that length.
         swap: Whether its elements are in the other byte order than this machine's.
+        locate: Says where it lies in a file, where it lies there as it is.
     """
 
-    __slots__ = ("load", "name", "nbytes", "swap")
+    __slots__ = ("load", "locate", "name", "nbytes", "swap")
 
-    def __init__(self, name: str, nbytes: int, load: Callable[[], Tensor], *, swap: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        nbytes: int,
+        load: Callable[[], Tensor],
+        *,
+        swap: bool = False,
+        locate: Callable[[], Extent | None] | None = None,
+    ) -> None:
         self.name = name
         self.nbytes = nbytes
         self.load = load
         self.swap = swap
+        self.locate = locate
 
 
 class StoredTensor(LazyTensor):
     """A strided view of a :class:`Storage`; the view is checked here, so that reading it cannot leave the storage."""
 
-    __slots__ = ("conj", "neg", "offset", "quantizer", "storage", "stride")
+    __slots__ = ("conj", "dense", "neg", "offset", "quantizer", "storage", "stride")
 
     def __init__(
         self,
@@ -117,7 +142,9 @@ class StoredTensor(LazyTensor):
         conj: bool = False,
         neg: bool = False,
     ) -> None:
-        self.stride = contiguous(shape) if stride is None else stride
+        packed = contiguous(shape)
+        self.stride = packed if stride is None else stride
+        self.dense = self.stride == packed
         check_extent(storage.name, storage.nbytes, dtype, shape, self.stride, offset)
         self.spec = Spec(shape, dtype)
         self.storage = storage
@@ -131,6 +158,18 @@ class StoredTensor(LazyTensor):
         if 0 in self.spec.shape:
             return None
         return (id(self.storage), self.offset, self.stride, self.spec, self.conj, self.neg)
+
+    def extent(self) -> Extent | None:
+        storage = self.storage
+        if storage.locate is None or not CAN_STREAM or storage.swap or self.quantizer or self.conj or self.neg:
+            return None
+        if not self.dense or (whole := storage.locate()) is None:
+            return None
+        size = element_size(self.spec.dtype)
+        length = math.prod(self.spec.shape) * size
+        if length == whole.nbytes:
+            return whole
+        return Extent(whole.file, whole.start + self.offset * size, length, whole.check)
 
     def read(self) -> Tensor:
         dtype = self.spec.dtype

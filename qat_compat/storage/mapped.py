@@ -7,6 +7,8 @@ import mmap
 import os
 import stat
 import weakref
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,9 +25,9 @@ _SPARSE_RATIO = 64
 class MappedFile:
     """The bytes of one file.
 
-    The mapping is private (copy on write): a tensor over it costs no memory until it is touched, and a write to such a
-    tensor would not reach the file. Every access first looks whether the file is still what was opened, because
-    touching a page that has been cut off kills the process.
+    Tensors lie over a private mapping (copy on write), made when the first of them is asked for: they cost no memory
+    until they are touched, and a write to them does not reach the file. Every access first looks whether the file is
+    still what was opened, because touching a page that has been cut off kills the process.
 
     Args:
         path: A regular file; anything else (a pipe, a device, a folder) is refused without waiting for it.
@@ -46,7 +48,7 @@ class MappedFile:
         self._state = os.fstat(self._fd)
         self.size = self._state.st_size
         self._check_kind()
-        self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+        self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         return self.size
@@ -59,14 +61,36 @@ class MappedFile:
     def view(self, start: int, length: int) -> memoryview:
         """`length` bytes, not copied."""
         self._check_range(start, length)
-        return memoryview(self._map)[start : start + length].toreadonly()
+        return memoryview(self._map)[start : start + length]
 
     def tensor(self, start: int, length: int) -> Tensor:
         """`length` bytes as a uint8 tensor over the mapping."""
         self._check_range(start, length)
         if length == 0:
             return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=start)
+        return torch.frombuffer(self._private, dtype=torch.uint8, count=length, offset=start)
+
+    @cached_property
+    def _private(self) -> mmap.mmap:
+        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+
+    def read_into(self, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers one after the other with the bytes from `start` on, without the mapping; for several threads."""
+        while buffers:
+            try:
+                count = os.preadv(self._fd, buffers, start)
+            except OSError as error:
+                raise CheckpointError(
+                    "the file cannot be read", file=self.path, found=error, remedy="check the disk or the mount"
+                ) from error
+            if count == 0:
+                self._check_range(start, 1)
+            start += count
+            buffers = _rest(buffers, count)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since it was opened."""
+        self._check_range(0, 0)
 
     def buffer(self) -> mmap.mmap:
         """All bytes, for slicing."""
@@ -124,6 +148,16 @@ class MappedFile:
                 found=f"{self.size} bytes",
                 remedy="the download or the copy was interrupted; get a fresh copy",
             )
+
+
+def _rest(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What `count` bytes leave unfilled."""
+    left: list[memoryview] = []
+    for buffer in buffers:
+        if count < len(buffer):
+            left.append(buffer[count:])
+        count = max(0, count - len(buffer))
+    return left
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:

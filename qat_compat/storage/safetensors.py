@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensors, Storage, StoredTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN
+from qat_compat.storage.stream import Extent, pieces
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes
 
 __all__ = ["CONTAINER", "write"]
@@ -60,7 +61,9 @@ def _open(source: Source) -> Opened:
         read = partial(_read, file, name, begin, length, expected)
         if source.verify:
             read()
-        tensors[name] = StoredTensor(Storage(name, length, read), spec.dtype, spec.shape)
+        locate = partial(Extent, file, begin, length, read if expected is not None else None)
+        storage = Storage(name, length, read, locate=locate)
+        tensors[name] = StoredTensor(storage, spec.dtype, spec.shape)
     opened = Opened({name: tensor for name, tensor in tensors.items() if not name.startswith(_HIDDEN)})
     opened.record = dict(_own_json(file, about, OWN)) if OWN in about else {}
     hidden = {name.removeprefix(_HIDDEN): tensor for name, tensor in tensors.items() if name.startswith(_HIDDEN)}
@@ -245,7 +248,7 @@ def _digest(header: Mapping[str, Any]) -> str:
 
 
 def write(stream: BinaryIO, contents: Contents) -> None:
-    """Write a state_dict; one tensor at a time is in memory.
+    """Write a state_dict; at most one tensor at a time is in memory, and only a block of what is copied as it is.
 
     The header comes first in the file, so it is written twice: with empty checksums, to know how long it is, and again
     when all tensors have been read.
@@ -262,14 +265,24 @@ def write(stream: BinaryIO, contents: Contents) -> None:
     stream.write(_encoded(header))
     sums: dict[str, str] = {}
     for name in order:
-        tensor = hidden[name.removeprefix(_HIDDEN)] if name.startswith(_HIDDEN) else contents.read(name)
-        data = as_memory(plain_bytes(tensor.contiguous())[0])
-        sums[name] = f"{zlib.crc32(data):08x}"
-        stream.write(data)
+        own = hidden.get(name.removeprefix(_HIDDEN)) if name.startswith(_HIDDEN) else None
+        crc = 0
+        for data in _pieces(contents, name, own):
+            crc = zlib.crc32(data, crc)
+            stream.write(data)
+        sums[name] = f"{crc:08x}"
     header["__metadata__"][_SUMS] = json.dumps(dict.fromkeys(specs) | sums)
     header["__metadata__"][_DIGEST] = _digest(header)
     stream.seek(0)
     stream.write(_encoded(header))
+
+
+def _pieces(contents: Contents, name: str, hidden: Tensor | None) -> Iterable[memoryview]:
+    """The bytes of one tensor in row-major order, straight from the file that they are in, if they are in one."""
+    if hidden is None and (extent := contents.extent(name)) is not None:
+        return pieces(extent)
+    tensor = contents.read(name) if hidden is None else hidden
+    return [as_memory(plain_bytes(tensor.contiguous())[0])]
 
 
 def _make_header(contents: Contents, specs: Mapping[str, Spec], order: list[str]) -> dict[str, Any]:
@@ -297,7 +310,7 @@ def _make_header(contents: Contents, specs: Mapping[str, Spec], order: list[str]
             state[key] = value
     if state:
         about[_STATE] = _state_json(state)
-    header: dict[str, Any] = {"__metadata__": about}
+    header: dict[str, Any] = {"__metadata__": {**about, **contents.header}}
     for name, (shape, dtype) in specs.items():
         if name == "__metadata__" or dtype not in _NAMES:
             raise SaveError(

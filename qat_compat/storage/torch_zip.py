@@ -7,18 +7,21 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from qat_compat.errors import CheckpointError
+from qat_compat.schema import Spec
 from qat_compat.storage.archive import Archive, Record
 from qat_compat.storage.archive_writer import ArchiveWriter
 from qat_compat.storage.container import Container, Opened, Source
-from qat_compat.storage.lazy import LazyTensor, Storage
+from qat_compat.storage.lazy import LazyTensor, Storage, contiguous
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN, StorageType, TypedStorage
+from qat_compat.storage.stream import Extent, pieces
 from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes
@@ -133,7 +136,7 @@ def _storage(archive: Archive, name: str, nbytes: int, *, swap: bool) -> Storage
         )
     if record.size != nbytes:
         raise _wrong_size(archive, name, nbytes, record.size)
-    return Storage(name, nbytes, lambda: archive.tensor(record), swap=swap)
+    return Storage(name, nbytes, partial(archive.tensor, record), swap=swap, locate=partial(archive.extent, record))
 
 
 def _wrong_size(archive: Archive, name: str, expected: int, found: int) -> CheckpointError:
@@ -210,13 +213,19 @@ _LEGACY_STORAGES = {
 def write(stream: BinaryIO, contents: Contents) -> None:
     """Write a state_dict so that `torch.load(weights_only=True)` gives it back as an OrderedDict.
 
-    One tensor at a time is in memory. Storages come first and the pickle last, since only a tensor that has been read
-    says how it lies in memory; readers find records through the directory, whatever their order.
+    At most one tensor at a time is in memory, and only a block of what is copied as it is. Storages come first and the
+    pickle last, since only a tensor that has been read says how it lies in memory; readers find records through the
+    directory, whatever their order.
     """
     writer = _Writer(ArchiveWriter(stream, _ALIGNMENT))
     state_dict: OrderedDict[str, object] = OrderedDict()
+    specs = contents.specs()
     for key in contents.source:
-        state_dict[key] = writer.tensor(contents.read(key), contents.alias(key))
+        extent = contents.extent(key)
+        if extent is not None:
+            state_dict[key] = writer.copied(extent, specs[key], contents.alias(key))
+        else:
+            state_dict[key] = writer.tensor(contents.read(key), contents.alias(key))
     record = dict(contents.record)
     if contents.hidden is not None:
         record["hidden"] = {key: writer.tensor(tensor, None) for key, tensor in contents.hidden.items()}
@@ -239,6 +248,17 @@ class _Writer:
         if alias is not None and alias in self.written:
             return self.written[alias]
         made = self._quantized(tensor) if tensor.is_quantized else self._plain(tensor)
+        if alias is not None:
+            self.written[alias] = made
+        return made
+
+    def copied(self, extent: Extent, spec: Spec, alias: object | None) -> _TensorRef:
+        """A tensor whose bytes go from file to file."""
+        if alias is not None and alias in self.written:
+            return self.written[alias]
+        storage = self._new(spec.dtype, extent.nbytes)
+        self.archive.write_pieces(f"{_ROOT}data/{storage.identifier[2]}", pieces(extent), extent.nbytes)
+        made = _TensorRef(storage, spec.shape, contiguous(spec.shape), spec.dtype)
         if alias is not None:
             self.written[alias] = made
         return made
@@ -287,10 +307,13 @@ class _Writer:
         return _QuantizedRef(storage, tuple(tensor.shape), tuple(tensor.stride()), quantizer)
 
     def _store(self, data: Tensor, dtype: torch.dtype) -> _StorageId:
-        key = str(self.count)
+        storage = self._new(dtype, data.numel())
+        self.archive.write(f"{_ROOT}data/{storage.identifier[2]}", as_memory(data))
+        return storage
+
+    def _new(self, dtype: torch.dtype, nbytes: int) -> _StorageId:
         self.count += 1
-        self.archive.write(f"{_ROOT}data/{key}", as_memory(data))
-        return _StorageId(dtype, key, data.numel())
+        return _StorageId(dtype, str(self.count - 1), nbytes)
 
 
 _ROOT = "archive/"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from qat_compat.errors import SaveError
 from qat_compat.schema import Spec
 from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.lazy import HeldTensor, LazyTensor
+from qat_compat.storage.stream import Extent
 
 __all__ = ["Contents", "as_memory", "plain_bytes"]
 
@@ -28,6 +29,7 @@ class Contents:
         record: About the keys; JSON values only.
         hidden: Tensors that belong to the record and are no keys of the state_dict.
         metadata: Training state; plain data and tensors.
+        header: Text that a reader of another package looks for in the header of a safetensors file.
     """
 
     source: Mapping[str, Tensor]
@@ -35,6 +37,7 @@ class Contents:
     record: Mapping[str, Any]
     hidden: Mapping[str, Tensor] | None
     metadata: Mapping[str, Any]
+    header: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -43,6 +46,7 @@ class Contents:
         versions: Mapping[str, Mapping[str, Any]] | None,
         record: Mapping[str, Any] | None,
         metadata: Mapping[str, Any] | None,
+        header: Mapping[str, str] | None = None,
     ) -> Contents:
         """Check everything that can be checked before the first byte is written.
 
@@ -61,6 +65,7 @@ class Contents:
             jsonable(own, "record"),
             hidden,
             _plain_values(dict(metadata or {}), "metadata"),
+            dict(header or {}),
         )
         if not isinstance(
             tensors, Checkpoint
@@ -91,6 +96,10 @@ class Contents:
                 remedy="make the checkpoint's specs fit what it reads",
             )
         return tensor.detach()
+
+    def extent(self, key: str) -> Extent | None:
+        """Where the bytes of a tensor are, if they can be copied from file to file without making it."""
+        return self.source.extent(key) if isinstance(self.source, Checkpoint) else None
 
     def alias(self, key: str) -> Hashable | None:
         """Equal for two keys that are one tensor."""

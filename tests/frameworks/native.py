@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from zoo import settle
 
 import qat_compat as qc
 from qat_compat.testing import assert_same_output, assert_same_state, scramble
+from qat_compat.testing.scrambling import settle
 
 NativePrepare = Callable[[nn.Module, Sequence[Tensor]], nn.Module]
 
@@ -41,7 +41,7 @@ def make_float(seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Net().train()
-        settle(model, batches(seed=seed))
+        settle(model, [((batch,), {}) for batch in batches(seed=seed)])
     return model
 
 

@@ -183,7 +183,7 @@ CONVERTED: Mapping[str, tuple[Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         {"fc.weight": ((6, 2), U8), "fc.weight_quantizer._amax": ((6, 1), F32)},
         "modelopt",
     ),
-    "GPTQ": ({"fc.qweight": ((1, 6), I32), "fc.qzeros": ((1, 1), I32), "fc.scales": ((1, 6), F32)}, "converted"),
+    "GPTQ": ({"fc.qweight": ((1, 6), I32), "fc.qzeros": ((1, 1), I32), "fc.scales": ((1, 6), F32)}, "gptq"),
     "bitsandbytes": ({"fc.weight": ((12, 1), U8), "fc.weight.absmax": ((1,), F32)}, "converted"),
 }  # fmt: skip
 
@@ -200,6 +200,17 @@ def test_keys_are_looked_at_once() -> None:
     for name, rows in PREPARED.items():
         keys = {f"layers.{i}.{key}": shape for i in range(2000) for key, (shape, _) in rows.items()}
         assert described(keys | {"fc.weight": (6, 4)}).framework in (name, "plain"), name
+
+
+def test_layers_that_a_configuration_names_are_looked_at_once() -> None:
+    """As convert_checkpoint writes it, every layer by its name."""
+    keys = {"weight_packed": ((6, 8), I32), "weight_scale": ((6, 1), F32), "weight_shape": ((2,), torch.int64)}
+    count = 20000
+    specs = {f"layers.{i}.{key}": Spec(*spec) for i in range(count) for key, spec in keys.items()}
+    group = {"targets": [f"layers.{i}" for i in range(count)], "weights": {"num_bits": 4, "strategy": "channel"}}
+    shapes = {f"layers.{i}.weight_shape": (6, 64) for i in range(count)}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    assert len(describe_keys(KeyView(specs, config=config, shapes=shapes)).roundings) == count
 
 
 def test_the_checkpoint_says_framework_and_stage() -> None:

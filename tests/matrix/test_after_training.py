@@ -32,7 +32,7 @@ _CELLS = cells(
 @contextmanager
 def unquantized(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval form with every quantizer passing its input on."""
-    from qat_compat.testing import _eval_form  # the exported programs' eval form is no business of users
+    from qat_compat.testing.modes import eval_form  # the exported programs' eval form is no business of users
 
     for module in model.modules():
         if hasattr(module, "fake_quant_enabled"):
@@ -40,7 +40,7 @@ def unquantized(model: nn.Module) -> Iterator[nn.Module]:
             module.observer_enabled.fill_(0)
         elif hasattr(module, "_scale_eps"):
             module.enabled = False
-    with _eval_form(model) as form, torch.no_grad():
+    with eval_form(model) as form, torch.no_grad():
         yield form
 
 

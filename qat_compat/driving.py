@@ -301,13 +301,21 @@ def _require_seen(chosen: Sequence[Quantizer], seen: set[str]) -> None:
         )
 
 
-def observe_weights(quantizers: Iterable[Quantizer]) -> None:
-    """Show each quantizer the tensor of the model's own that it quantizes; needs no data."""
+def observe_weights(quantizers: Iterable[Quantizer], known: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+    """Show each quantizer the tensor of the model's own that it quantizes; needs no data.
+
+    Args:
+        quantizers: Those that quantize weights.
+        known: Name -> the range of that tensor, where it has been worked out and is all that the quantizer looks at.
+    """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for quantizer in quantizers:
             assert quantizer.source is not None
             with _held([quantizer]):
                 quantizer.listen()
-                quantizer.observe(quantizer.source())
+                if known and quantizer.name in known:
+                    quantizer.observe_range(*known[quantizer.name])
+                else:
+                    quantizer.observe(quantizer.source())
                 quantizer.settle()

@@ -1,0 +1,158 @@
+"""Fresh processes, floors, and the figures that a run gives."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qat_compat
+
+__all__ = ["Figures", "floor", "fresh", "interleaved", "machine", "peak_of", "summary", "timed", "touch_memory"]
+
+Figures = dict[str, float]  # what one process measured
+_ROOT = Path(__file__).parent.parent
+_BLOCK = 8 << 20
+_NOISY = 1.5  # largest by smallest time of one figure
+
+
+Cases = Sequence[tuple[str, ...]]  # the arguments of each
+
+
+def interleaved(cases: Cases, runs: int, measure: Callable[..., Figures]) -> dict[tuple[str, ...], list[Figures]]:
+    """Each case `runs` times, in turn, so that a slow moment of the machine hits every one."""
+    taken: dict[tuple[str, ...], list[Figures]] = {case: [] for case in cases}
+    for _ in range(runs):
+        for case in cases:
+            taken[case].append(measure(*case))
+    return taken
+
+
+def fresh(*arguments: str) -> Figures:
+    """One case of a suite in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--one", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    figures: Figures = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def timed(call: Callable[[], object]) -> Figures:
+    """Wall-clock and CPU seconds of one call."""
+    cpu, started = time.process_time(), time.perf_counter()
+    call()
+    return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+
+
+def touch_memory(nbytes: int) -> None:
+    """Use memory once and give it back, for what follows to find pages that exist.
+
+    A virtual machine that reports its free pages gives them to its host, and takes about a second per gigabyte to get
+    them back: that is a figure of the host, not of a way to load.
+    """
+    with mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for offset in range(0, nbytes, mmap.PAGESIZE):
+            memory[offset] = 1
+
+
+def floor(path: Path, threads: int = 2) -> float:
+    """Seconds to `pread` a file with two threads into blocks that stay in the cache: nothing can be faster."""
+    size = path.stat().st_size
+    descriptor = os.open(path, os.O_RDONLY)
+    ring = [bytearray(_BLOCK) for _ in range(threads)]
+
+    def read(worker: int) -> None:
+        view = memoryview(ring[worker])
+        for offset in range(worker * _BLOCK, size, threads * _BLOCK):
+            os.preadv(descriptor, [view[: min(_BLOCK, size - offset)]], offset)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, range(threads)))  # warms the page cache and the ring
+            started = time.perf_counter()
+            list(pool.map(read, range(threads)))
+            return time.perf_counter() - started
+    finally:
+        os.close(descriptor)
+
+
+def peak_of(call: Callable[[], object]) -> tuple[int, int]:
+    """Resident bytes before a call, and the most during it; zeros where the system does not say (not Linux)."""
+    counter = Path("/proc/self/clear_refs")
+    if not counter.exists():
+        call()
+        return 0, 0
+    counter.write_text("5")  # the peak counts from here
+    before = _status("VmRSS")
+    call()
+    return before, _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def summary(figures: Sequence[Figures], **more: Any) -> dict[str, Any]:
+    """One row: the median of the times with their range, and whether they agree."""
+    seconds = [one["seconds"] for one in figures]
+    return {
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "cpu_s": statistics.median(one.get("cpu", 0.0) for one in figures),
+        "runs": len(seconds),
+        "noisy": max(seconds) > _NOISY * min(seconds),
+        **more,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    import numpy
+    import safetensors
+
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return {
+        "device": "cpu",
+        "processor": model,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "huge_pages": "".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "qat_compat": qat_compat.__version__,
+        "commit": _commit(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=_ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"

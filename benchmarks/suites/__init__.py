@@ -1,0 +1,24 @@
+"""One file per suite; each has the same four functions.
+
+prepare(folder, tiny) -> the arguments of every case; writes the files that the cases read
+one(*arguments)       -> the figures of one case, in a process of its own
+rows(taken)           -> rows for the JSON
+table(rows)           -> lines of Markdown
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from benchmarks.suites import conversion, load, memory, planning, qparams, ranges
+
+__all__ = ["SUITES"]
+
+SUITES: dict[str, ModuleType] = {
+    "load": load,
+    "ranges": ranges,
+    "load+ranges": qparams,
+    "planning": planning,
+    "memory": memory,
+    "conversion": conversion,
+}

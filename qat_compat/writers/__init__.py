@@ -1,0 +1,20 @@
+"""Forms that a checkpoint can be written in, one file each; a new one is a file and a line in `WRITERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from qat_compat.writers import compressed_tensors, float_file, torchao
+from qat_compat.writers.job import Job
+
+__all__ = ["REFUSED", "WRITERS", "Job"]
+
+WRITERS: Mapping[str, Callable[[Job], None]] = {
+    "float": float_file.write,
+    "torchao": torchao.write,
+    "compressed-tensors": compressed_tensors.write,
+}
+
+REFUSED: Mapping[str, str] = {
+    "modelopt": "ModelOpt restores its quantizers only from the modelopt_state that its own prepared model writes",
+}

@@ -82,6 +82,18 @@ def test_markdown_examples(name: str) -> None:
         exec(compile("\n" * (line - 1) + code, path, "exec"), namespace)
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.md")))
+def test_what_is_quoted_of_a_file_stands_there(name: str) -> None:
+    """A block that opens with the path of a file quotes it, paragraph by paragraph."""
+    quoted = re.compile(r"# (?P<path>\S+\.py)\n(?P<code>.*)", re.DOTALL)
+    found = [match for _, code in python_blocks(ROOT / name) if (match := quoted.match(code))]
+    assert found or name != "CONTRIBUTING.md"
+    for match in found:
+        text = (ROOT / match["path"]).read_text(encoding="utf-8")
+        for paragraph in match["code"].strip("\n").split("\n\n"):
+            assert paragraph.strip("\n") in text, f"{match['path']} has no more:\n{paragraph}"
+
+
 def test_the_demo_runs_and_shows_what_it_claims() -> None:
     demo = ROOT / "examples" / "digits.py"
     plain = {key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "TTY_COMPATIBLE")}

@@ -83,21 +83,21 @@ def ranges_in(row: Row, folder: Path) -> None:
     _carried(lambda: target(row), qc.save_checkpoint(source, folder / "other.pt"))
 
 
-def ranges_out(row: Row, folder: Path) -> None:
-    """Its QAT file into a model of torch.ao's FX mode (of eager mode for FX): the ranges are the file's."""
+def ranges_out(row: Row, folder: Path) -> str:
+    """Its QAT file into a model of torch.ao, of another mode than its own: the ranges of the weights are the file's."""
     flow = "eager-x86" if row.name == "torch.ao FX" else "fx-x86"
     if row.dequantized is not None:
         qc.load_checkpoint(other(by_flow(flow)), row.file(folder), calibration=batches())
         raise AssertionError(f"{row.name} gave its ranges, and its row says not how that is checked")
-    if row.model is None:
-        source: Any = dict(qc.open_checkpoint(row.file(folder)))
-        schema = open_any(source).schema
-        source = {key: value * WIDER if _is_range(schema[key]) else value for key, value in source.items()}
-    else:
-        model = row.model()
-        widen(model)
-        source = qc.save_checkpoint(model, folder / "wider.pt")
-    _carried(lambda: other(by_flow(flow)), source)
+    model, file = wider(row, folder)
+    try:
+        _carried(lambda: other(by_flow(flow)), file)
+    except No:
+        if model is None:
+            raise
+        _carried(lambda: other(by_flow(flow)), model)
+        return "live"
+    return "yes"
 
 
 def writes(row: Row, folder: Path) -> None:
@@ -115,7 +115,7 @@ def writes(row: Row, folder: Path) -> None:
     assert_same_state(dict(qc.open_checkpoint(again)), dict(qc.open_checkpoint(saved)))
 
 
-COLUMNS: Mapping[str, Callable[[Row, Path], None]] = {
+COLUMNS: Mapping[str, Callable[[Row, Path], str | None]] = {
     "Read": reads,
     "To float": to_float,
     "Float in": float_in,
@@ -155,6 +155,17 @@ def widen(model: nn.Module) -> None:
         for key, slot in description.slots.items():
             if key in description.schema and _is_range(description.schema[key]):
                 slot.tensor.mul_(WIDER)
+
+
+def wider(row: Row, folder: Path) -> tuple[nn.Module | None, Any]:
+    """A model of the framework with wider ranges, where there is one, and its file."""
+    if row.model is not None:
+        model = row.model()
+        widen(model)
+        return model, qc.save_checkpoint(model, folder / "wider.pt")
+    state = dict(qc.open_checkpoint(row.file(folder)))
+    schema = open_any(state).schema
+    return None, {key: value * WIDER if _is_range(schema[key]) else value for key, value in state.items()}
 
 
 def scales(model: nn.Module) -> dict[str, Tensor]:
@@ -197,25 +208,24 @@ def table() -> str:
         for row in ROWS:
             cells = []
             for column in COLUMNS:
-                why = refusal(row, column)
+                said, why = cell(row, column)
                 if why and why not in reasons:
                     reasons.append(why)
-                cells.append(f"no ({reasons.index(why) + 1})" if why else "yes")
+                cells.append(f"no ({reasons.index(why) + 1})" if why else said)
             lines.append(f"| {row.name} | {' | '.join(cells)} |")
     numbered = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *numbered])
 
 
-def refusal(row: Row, column: str) -> str:
-    """Why the column does not hold, or ""."""
+def cell(row: Row, column: str) -> tuple[str, str]:
+    """What the column says of the row, and why not."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            COLUMNS[column](row, Path(folder))
+            return COLUMNS[column](row, Path(folder)) or "yes", ""
         except No as error:
-            return str(error)
+            return "no", str(error)
         except qc.PlanError as error:
-            return re.sub(r" \([^)]*\)|,.*|^\d+ ", "", error.problems[0].detail)
-    return ""
+            return "no", re.sub(r" \([^)]*\)|,.*|^\d+ ", "", error.problems[0].detail)
 
 
 @contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
 from qat_compat.frameworks import Needs, Quantizer
-from qat_compat.names import canonical, canonical_path, canonical_site, is_positional
+from qat_compat.names import canonical
 from qat_compat.norms import Match
+from qat_compat.origins import Origin, find_origins, key_of, spec_of
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
 from qat_compat.schema import Entry, Role, Spec
 
@@ -21,21 +20,8 @@ __all__ = ["quantizer_entries"]
 _RANGE = (Role.MIN, Role.MAX)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The source's state of one quantizer.
-
-    Args:
-        name: The quantizer's name there.
-        leaves: leaf -> source key.
-    """
-
-    name: str
-    leaves: Mapping[str, str]
-
-
 def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> None:
-    origins = _origins(draft, quantizers, match)
+    origins = find_origins(draft, quantizers, match)
     foreign = any(
         origin is not None and quantizer.needs is Needs.WEIGHTS and _granularity_differs(draft, quantizer, origin)
         for quantizer, origin in origins
@@ -49,69 +35,11 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
             _carry(draft, quantizer, keys, origin, foreign)
 
 
-def _origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> list[tuple[Quantizer, _Origin | None]]:
-    """Each quantizer of the target with the source's state of it: by site, then by name.
-
-    Names that number quantizers mean something in one graph only, and sites of activations only where a system that
-    knew them wrote them down; the site of a weight is its module's name in every framework.
-    """
-    found: dict[str, _Origin] = {}
-    by_site: dict[str, list[str]] = {}
-    for name, keys in draft.source.by_quantizer().items():
-        found[name] = _Origin(name, {draft.source[key].leaf: key for key in keys})
-        by_site.setdefault(canonical_site(draft.source[keys[0]].site, match.prefix), []).append(name)
-    plain = {canonical_path(name.removeprefix(match.prefix)): name for name in found}
-    numbered = {name for name in plain if is_positional(name)}
-    wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
-    same_flow = draft.source.framework == draft.target.framework
-    same_graph = same_flow and numbered == {name for name in wanted if is_positional(name)}
-    sites = Counter(canonical_site(quantizer.site, match.target_prefix) for quantizer in quantizers)
-    by_number, weights_too = 0, False
-    chosen: list[tuple[Quantizer, _Origin | None]] = []
-    for quantizer in quantizers:
-        site = canonical_site(quantizer.site, match.target_prefix)
-        known = draft.source.recorded or (quantizer.needs is Needs.WEIGHTS and not same_flow)
-        known &= same_flow or not site.startswith("node:")
-        at_site = by_site.get(site, []) if known else []
-        if len(at_site) == 1 and sites[site] == 1:
-            chosen.append((quantizer, found[at_site[0]]))
-            continue
-        origin: str | None = None
-        for name in quantizer.names if same_flow or not draft.source.recorded else ():
-            form = canonical_path(name.removeprefix(match.target_prefix))
-            if same_graph or not is_positional(form):
-                origin = name if name in found else plain.get(form)
-            if origin is not None:
-                break
-        if origin is not None and is_positional(canonical_path(quantizer.name)):
-            by_number += 1
-            weights_too |= quantizer.needs is Needs.WEIGHTS
-        chosen.append((quantizer, found[origin] if origin is not None else None))
-    if weights_too:  # a number that is off by one gives a weight another's range
-        draft.warnings.append(
-            f"{by_number} quantizers are matched by their number, which exporters of other versions may give otherwise;"
-            " files that save_checkpoint writes say what each one quantizes"
-        )
-    return chosen
-
-
-def _key_of(draft: Draft, origin: _Origin, role: Role) -> str | None:
-    """The source's only tensor of a role in a quantizer; what is computed goes before what it is computed from."""
-    keys = [key for key in origin.leaves.values() if draft.source[key].role is role]
-    computed = [key for key in keys if key in draft.source.recipes]
-    return (computed or keys)[0] if len(computed or keys) == 1 else None
-
-
-def _spec_of(draft: Draft, origin: _Origin, role: Role) -> Spec | None:
-    key = _key_of(draft, origin, role)
-    return None if key is None else draft.source[key].spec
-
-
-def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: _Origin) -> bool:
+def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: Origin) -> bool:
     """Whether the source's state has another number of scales than this quantizer must have."""
     expected = quantizer.channels()
-    scale = _spec_of(draft, origin, Role.SCALE)
-    low = _spec_of(draft, origin, Role.MIN) or _spec_of(draft, origin, Role.AMAX)
+    scale = spec_of(draft, origin, Role.SCALE)
+    low = spec_of(draft, origin, Role.MIN) or spec_of(draft, origin, Role.AMAX)
     if low is not None and low.shape == (0,):
         return expected == 1 and not _is_old_default(scale)
     shape = low.shape if low is not None else scale.shape if scale is not None else ()
@@ -127,7 +55,7 @@ def _is_old_default(scale: Spec | None) -> bool:
     return scale is None or scale.shape == (1,)
 
 
-def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Origin, foreign: bool) -> None:
+def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Origin, foreign: bool) -> None:
     """Take the state that the source holds, as far as it fits this quantizer."""
     refused = _refused(draft, quantizer, keys, origin)
     if refused is not None:
@@ -147,15 +75,15 @@ def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Ori
         _carry_leaves(draft, keys, origin, derive=other_grid)
 
 
-def _has_range(draft: Draft, origin: _Origin) -> bool:
-    return all(_key_of(draft, origin, role) is not None for role in _RANGE)
+def _has_range(draft: Draft, origin: Origin) -> bool:
+    return all(key_of(draft, origin, role) is not None for role in _RANGE)
 
 
 def _observed_leaves(draft: Draft, keys: Sequence[str]) -> list[str]:
     return [draft.target[key].leaf for key in keys if draft.target[key].role.is_observed]
 
 
-def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Origin) -> tuple[str, str] | None:
+def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Origin) -> tuple[str, str] | None:
     """Why nothing of the source's state can be taken: for its own keys, and for the quantizer's."""
     target = draft.target
     if quantizer.site.partition(":")[2].partition("+")[0] in draft.kept_modules:
@@ -165,7 +93,7 @@ def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _O
         return f"another granularity: {means}", "the source has another granularity"
     for key in keys:
         if target[key].role is Role.HISTOGRAM:
-            spec = _spec_of(draft, origin, Role.HISTOGRAM)
+            spec = spec_of(draft, origin, Role.HISTOGRAM)
             if spec is None or spec.shape != target[key].shape:
                 why = "no histogram" if spec is None else f"{spec.shape[0]} histogram bins"
                 return (
@@ -175,7 +103,7 @@ def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _O
     return None
 
 
-def _carry_leaves(draft: Draft, keys: Sequence[str], origin: _Origin, *, derive: bool) -> None:
+def _carry_leaves(draft: Draft, keys: Sequence[str], origin: Origin, *, derive: bool) -> None:
     """Take the state of a quantizer of the same make, leaf by leaf."""
     same_flow = draft.source.framework == draft.target.framework
     ranges = tuple(key for key in origin.leaves.values() if draft.source[key].role in _RANGE)
@@ -198,9 +126,9 @@ def _carry_leaves(draft: Draft, keys: Sequence[str], origin: _Origin, *, derive:
             draft.problem(ProblemKind.MISSING, key, detail, "drop= the rest of this quantizer to synthesize it")
 
 
-def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: _Origin) -> None:
+def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Origin) -> None:
     """Take the state of a quantizer of another make: its range, or its scale where both have the same integers."""
-    known = {role: key for role in (*_RANGE, Role.SCALE, Role.ZERO_POINT) if (key := _key_of(draft, origin, role))}
+    known = {role: key for role in (*_RANGE, Role.SCALE, Role.ZERO_POINT) if (key := key_of(draft, origin, role))}
     if "zero_point" in origin.leaves:  # one that is always 0 is a constant of its quantizer
         known.setdefault(Role.ZERO_POINT, origin.leaves["zero_point"])
     theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
@@ -239,7 +167,7 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
             draft.dropped[key] = Drop(key, "what it says is carried over in this quantizer's own terms")
 
 
-def _drop(draft: Draft, origin: _Origin, reason: str) -> None:
+def _drop(draft: Draft, origin: Origin, reason: str) -> None:
     held = [key for key in origin.leaves.values() if key not in draft.source.recipes]
     draft.dropped.update({key: Drop(key, reason) for key in held})
 

@@ -1,0 +1,86 @@
+"""Which quantizer of a source is which of a target: by what they quantize, then by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qat_compat.draft import Draft
+from qat_compat.frameworks import Needs, Quantizer
+from qat_compat.names import canonical_path, canonical_site, is_positional
+from qat_compat.norms import Match
+from qat_compat.schema import Role, Spec
+
+__all__ = ["Origin", "find_origins", "key_of", "spec_of"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The source's state of one quantizer.
+
+    Args:
+        name: The quantizer's name there.
+        leaves: leaf -> source key.
+    """
+
+    name: str
+    leaves: Mapping[str, str]
+
+
+def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> list[tuple[Quantizer, Origin | None]]:
+    """Each quantizer of the target with the source's state of it: by site, then by name.
+
+    Names that number quantizers mean something in one graph only, and sites of activations only where a system that
+    knew them wrote them down; the site of a weight is its module's name in every framework.
+    """
+    found: dict[str, Origin] = {}
+    by_site: dict[str, list[str]] = {}
+    for name, keys in draft.source.by_quantizer().items():
+        found[name] = Origin(name, {draft.source[key].leaf: key for key in keys})
+        by_site.setdefault(canonical_site(draft.source[keys[0]].site, match.prefix), []).append(name)
+    plain = {canonical_path(name.removeprefix(match.prefix)): name for name in found}
+    numbered = {name for name in plain if is_positional(name)}
+    wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
+    same_flow = draft.source.framework == draft.target.framework
+    same_graph = same_flow and numbered == {name for name in wanted if is_positional(name)}
+    sites = Counter(canonical_site(quantizer.site, match.target_prefix) for quantizer in quantizers)
+    by_number, weights_too = 0, False
+    chosen: list[tuple[Quantizer, Origin | None]] = []
+    for quantizer in quantizers:
+        site = canonical_site(quantizer.site, match.target_prefix)
+        known = draft.source.recorded or (quantizer.needs is Needs.WEIGHTS and not same_flow)
+        known &= same_flow or not site.startswith("node:")
+        at_site = by_site.get(site, []) if known else []
+        if len(at_site) == 1 and sites[site] == 1:
+            chosen.append((quantizer, found[at_site[0]]))
+            continue
+        origin: str | None = None
+        for name in quantizer.names if same_flow or not draft.source.recorded else ():
+            form = canonical_path(name.removeprefix(match.target_prefix))
+            if same_graph or not is_positional(form):
+                origin = name if name in found else plain.get(form)
+            if origin is not None:
+                break
+        if origin is not None and is_positional(canonical_path(quantizer.name)):
+            by_number += 1
+            weights_too |= quantizer.needs is Needs.WEIGHTS
+        chosen.append((quantizer, found[origin] if origin is not None else None))
+    if weights_too:  # a number that is off by one gives a weight another's range
+        draft.warnings.append(
+            f"{by_number} quantizers are matched by their number, which exporters of other versions may give otherwise;"
+            " files that save_checkpoint writes say what each one quantizes"
+        )
+    return chosen
+
+
+def key_of(draft: Draft, origin: Origin, role: Role) -> str | None:
+    """The source's only tensor of a role in a quantizer; what is computed goes before what it is computed from."""
+    keys = [key for key in origin.leaves.values() if draft.source[key].role is role]
+    computed = [key for key in keys if key in draft.source.recipes]
+    return (computed or keys)[0] if len(computed or keys) == 1 else None
+
+
+def spec_of(draft: Draft, origin: Origin, role: Role) -> Spec | None:
+    key = key_of(draft, origin, role)
+    return None if key is None else draft.source[key].spec

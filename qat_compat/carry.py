@@ -8,7 +8,7 @@ import torch
 
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
-from qat_compat.frameworks import Needs, Quantizer
+from qat_compat.frameworks import Needs, Quantizer, same_flow
 from qat_compat.names import canonical
 from qat_compat.norms import Match
 from qat_compat.origins import Origin, find_origins, key_of, spec_of
@@ -64,12 +64,12 @@ def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Orig
         _synthesize(draft, quantizer, keys, reason)
         return
     theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
-    same_flow = draft.source.framework == draft.target.framework
+    same = same_flow(draft.source, draft.target)
     absent = any(leaf not in origin.leaves for leaf in _observed_leaves(draft, keys))
-    other_grid = theirs != mine if theirs and mine else (foreign or not same_flow) and quantizer.needs is Needs.DATA
+    other_grid = theirs != mine if theirs and mine else (foreign or not same) and quantizer.needs is Needs.DATA
     keeps_range = any(draft.target[key].role is Role.MIN for key in keys)
-    only_scale = not keeps_range and (theirs != mine if theirs and mine else not same_flow)
-    if only_scale or (absent and (not same_flow or _has_range(draft, origin))):
+    only_scale = not keeps_range and (theirs != mine if theirs and mine else not same)
+    if only_scale or (absent and (not same or _has_range(draft, origin))):
         _translate(draft, quantizer, keys, origin)
     else:
         _carry_leaves(draft, keys, origin, derive=other_grid)
@@ -105,7 +105,7 @@ def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Or
 
 def _carry_leaves(draft: Draft, keys: Sequence[str], origin: Origin, *, derive: bool) -> None:
     """Take the state of a quantizer of the same make, leaf by leaf."""
-    same_flow = draft.source.framework == draft.target.framework
+    same = same_flow(draft.source, draft.target)
     ranges = tuple(key for key in origin.leaves.values() if draft.source[key].role in _RANGE)
     derive = derive and len(ranges) == 2
     for key in keys:
@@ -115,7 +115,7 @@ def _carry_leaves(draft: Draft, keys: Sequence[str], origin: Origin, *, derive: 
             draft.steps[key] = Derive(key, ranges, "min/max carried over, on this quantizer's own grid")
             if theirs is not None:
                 draft.dropped[theirs] = Drop(theirs, "of another quantization grid: derived anew from min/max")
-        elif theirs is not None and (same_flow or entry.role is not Role.EPS):
+        elif theirs is not None and (same or entry.role is not Role.EPS):
             draft.copy(key, theirs, "same quantizer")
         elif entry.role in (Role.ENABLED, Role.EPS, Role.CONSTANT, Role.BUFFER):
             draft.steps[key] = Keep(key, "the quantizer's own setting")

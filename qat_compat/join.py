@@ -95,7 +95,8 @@ def _matches(globs: Iterable[str], *names: str) -> bool:
 
 
 def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
-    """The schema less the keys that match, and those keys; a glob that names nothing is an error."""
+    """The schema less the keys that match and what is computed from them, and those keys; a glob that names nothing is
+    an error."""
     ignored = [key for key in schema if _matches(globs, key)]
     idle = [glob for glob in globs if not any(fnmatchcase(key, glob) for key in ignored)]
     if idle:
@@ -106,6 +107,7 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
             ]
         )
     gone = set(ignored)
+    gone |= {key for key, recipe in schema.recipes.items() if not gone.isdisjoint(recipe.sources)}
     entries = {key: entry for key, entry in schema.items() if key not in gone}
     return replace(schema, entries=entries, _by_quantizer={}), ignored
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qat_compat.draft import Draft
-from qat_compat.frameworks import Needs, Quantizer
+from qat_compat.frameworks import Needs, Quantizer, same_flow
 from qat_compat.names import canonical_path, canonical_site, is_positional
 from qat_compat.norms import Match
 from qat_compat.schema import Role, Spec
@@ -42,21 +42,21 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
     plain = {canonical_path(name.removeprefix(match.prefix)): name for name in found}
     numbered = {name for name in plain if is_positional(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
-    same_flow = draft.source.framework == draft.target.framework
-    same_graph = same_flow and numbered == {name for name in wanted if is_positional(name)}
+    same = same_flow(draft.source, draft.target)
+    same_graph = same and numbered == {name for name in wanted if is_positional(name)}
     sites = Counter(canonical_site(quantizer.site, match.target_prefix) for quantizer in quantizers)
     by_number, weights_too = 0, False
     chosen: list[tuple[Quantizer, Origin | None]] = []
     for quantizer in quantizers:
         site = canonical_site(quantizer.site, match.target_prefix)
-        known = draft.source.recorded or (quantizer.needs is Needs.WEIGHTS and not same_flow)
-        known &= same_flow or not site.startswith("node:")
+        known = draft.source.recorded or (quantizer.needs is Needs.WEIGHTS and not same)
+        known &= same or not site.startswith("node:")
         at_site = by_site.get(site, []) if known else []
         if len(at_site) == 1 and sites[site] == 1:
             chosen.append((quantizer, found[at_site[0]]))
             continue
         origin: str | None = None
-        for name in quantizer.names if same_flow or not draft.source.recorded else ():
+        for name in quantizer.names if same or not draft.source.recorded else ():
             form = canonical_path(name.removeprefix(match.target_prefix))
             if same_graph or not is_positional(form):
                 origin = name if name in found else plain.get(form)

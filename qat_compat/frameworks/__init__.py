@@ -37,6 +37,7 @@ __all__ = [
     "Reduction",
     "describe_keys",
     "describe_model",
+    "same_flow",
     "with_sites",
 ]
 
@@ -61,6 +62,19 @@ FRAMEWORKS: tuple[Framework, ...] = (
     NNCF(),
     CompressedTensors(),
 )
+
+
+_FLOWS = {framework.name: framework.extends or framework.name for framework in FRAMEWORKS}
+
+
+def same_flow(source: Schema, target: Schema) -> bool:
+    """Whether quantizers of the two have the same modules under the same names.
+
+    Example:
+        >>> same_flow(Schema({}, "sparseml"), Schema({}, "torch_ao")), same_flow(Schema({}, "fx"), Schema({}, "pt2e"))
+        (True, False)
+    """
+    return _FLOWS.get(source.framework, source.framework) == _FLOWS.get(target.framework, target.framework)
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,9 @@ class Framework(ABC):
 
     name: str
     live_stage: Stage = Stage.PREPARED  # of a model that it owns
+    extends: str = (
+        ""  # name of the framework whose modules it puts in wrappers of its own: the same state, in one place
+    )
 
     @abstractmethod
     def owns_model(self, view: ModelView) -> bool:

@@ -58,6 +58,7 @@ class SparseML(QuantWrapped):
     """SparseML."""
 
     name = "sparseml"
+    extends = "torch_ao"
 
     def owns_keys(self, view: KeyView) -> bool:
         """A wrapper around a single layer, which holds its weight right there."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "all levels": {"overflow_fix": nncf.OverflowFix.DISABLE},
     "half of the levels": {"overflow_fix": nncf.OverflowFix.ENABLE},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """NNCF compiles its kernels for a minute or two, and does without them where there is no compiler."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", "false")
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        logger.setLevel(logging.ERROR)
-        yield
-    logger.setLevel(level)
 
 
 def prepare(model: nn.Module, data: Sequence[Tensor], config: str = "default", **advanced: Any) -> nn.Module:

@@ -117,8 +117,20 @@ def test_into_a_prepared_model_and_back(tmp_path: Path, installed: pytest.Monkey
     state, _ = write(tmp_path / "best.pt", "ema")
     installed.undo()
     recast = {key: value.to(trained().state_dict()[key].dtype) for key, value in state.items()}
-    assert_twin(DetectionModel, eager(), recast, images(), source=tmp_path / "best.pt")
+    assert_twin(DetectionModel, eager(), recast, images(), source=tmp_path / "best.pt", drop="*_amax")
     same(qc.to_float(tmp_path / "best.pt"), state)
+
+
+def test_the_ranges_of_its_weights_in_a_prepared_model(tmp_path: Path, installed: pytest.MonkeyPatch) -> None:
+    _, beside = write(tmp_path / "best.pt", "ema")
+    installed.undo()
+    model = eager()(DetectionModel())
+    qc.load_checkpoint(model, tmp_path / "best.pt", calibration=images())
+    for name in ("model.0.conv", "model.3.cv2.0.1"):
+        amax = beside["ranges"][f"{name}.weight_quantizer._amax"].flatten()
+        torch.testing.assert_close(
+            model.get_submodule(f"{name}.weight_fake_quant").scale, amax / 127, rtol=1e-6, atol=0
+        )
 
 
 def test_modelopts_own_file(tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
     sources = tuple(known[role] for role in direct)
     for key in keys:
         role = draft.target[key].role
-        if role in direct and origin.leaves.get(draft.target[key].leaf) == known[role]:
+        alike = role in direct and len(draft.source[known[role]].shape) == len(draft.target[key].shape)
+        if alike and origin.leaves.get(draft.target[key].leaf) == known[role]:
             draft.copy(key, known[role], "same quantizer")
         elif role in direct:
             recipe = draft.source.recipes.get(known[role])

@@ -62,7 +62,8 @@ def test_the_text_names_every_step_reason_warning_and_problem() -> None:
 def test_json_is_plain_complete_and_stable() -> None:
     data = json.loads(PLAN.to_json())
     assert data["steps"][1] == {
-        "step": "derive", "key": "q.scale", "sources": ["q.min", "q.max"], "how": "from min/max of the source"
+        "step": "derive", "key": "q.scale", "sources": ["q.min", "q.max"], "how": "from min/max of the source",
+        "value": "",
     }  # fmt: skip
     assert data["steps"][2]["how"] == "weights"
     assert data["problems"] == [{"kind": "missing", "key": "b", "detail": "not there", "remedy": ""}]

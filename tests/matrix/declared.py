@@ -52,7 +52,20 @@ REFUSED = {
     "clip": _VARIADIC,
 }
 # `nn.quantizable.LSTM`, into which eager mode swaps an LSTM, has other names and one tensor per gate input.
-UNSUPPORTED = {"lstm": {"eager-*/load": r"lstm\.layers", "eager-*/back": r"lstm\.bias_hh"}}
+# ModelOpt gives a bidirectional LSTM twice as many quantizers as it runs; it turns the weights of GPT-2's `Conv1D`.
+# Brevitas' own LSTM has other names, too, and quantizers in its cells.
+UNSUPPORTED = {
+    "lstm": {
+        "eager-*/load": r"lstm\.layers",
+        "eager-*/back": r"lstm\.bias_hh",
+        "modelopt-*/load": "quantizers never ran",
+        "modelopt-*/resume": "no range for 4 activation quantizers",
+        "brevitas/load": r"lstm\.layers",
+        "brevitas/resume": r"graph:lstm\.layers",
+        "brevitas/back": r"lstm\.bias_hh",
+    },
+    "gpt2": {"modelopt-*/load": r"expected float32\[96, 32\]", "modelopt-*/back": r"expected float32\[32, 96\]"},
+}
 # Glob over `model/flow/direction/container/granularity/dtype/device` -> what is wrong here. Each is a defect of ours:
 # its failed cells are shown as such in the report, and do not stop the tests. What is mended is taken off this list.
 DEFECTS: dict[str, str] = {}

@@ -143,7 +143,11 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
     elif _has_range(draft, origin) and Role.MIN in wanted:
         direct, how = _RANGE, "from the range that the source holds"
     else:
-        why = f"the source has the grid {theirs}, not {mine}" if theirs and mine else "the source's grid is not known"
+        why = "the source's grid is not known"
+        if theirs and mine:
+            why = f"the source has the grid {theirs}, not {mine}"
+        elif not mine:
+            why = "its quantizers take no other framework's range"
         _drop(draft, origin, f"{why}: cannot be carried")
         _synthesize(draft, quantizer, keys, why)
         return

@@ -10,7 +10,6 @@ import test_modelopt
 import test_nncf
 import torch
 from native import NativePrepare, batches, float_state, native
-from test_nncf import _without_compiler  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 from qat_compat.conventions import CONVENTIONS, Encoding, Grid

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from native import batches, float_state, make_float
-from test_nncf import _without_compiler  # noqa: F401  (a fixture)
 
 PACKAGES = ("modelopt", "brevitas", "nncf", "compressed_tensors", "transformers")
 

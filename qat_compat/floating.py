@@ -242,6 +242,13 @@ def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
     only_names = any(entry.shape == UNKNOWN for entry in side.schema.values())
     notes = tuple(f"{key} is not in the source: taken from like=, or 0" for key in shorten(collapse(absent), 4))
     notes += captured
+    computed = source.schema.recipes
+    for name, tied in _ties(side.checkpoint).items():
+        others = [other for other in tied if other > name and names.get(other) != names.get(name)]
+        if others and any(names.get(one) in computed for one in (name, *others)):
+            notes += (
+                f"{name} and {others[0]} are one tensor in like=, and two values in the source: one of them is lost",
+            )
     if only_names:
         return source, _Layout(names, notes=notes)
     return source, _Layout(names, {key: side.schema[key].dtype for key in names}, side.checkpoint, notes)

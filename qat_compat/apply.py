@@ -61,9 +61,9 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
     description = reading.description
     with preserved_random_state(), torch.no_grad():
         staged = stage(plan, reading)
-        transaction = Transaction(description.view.model, description.view.slots)
+        runs = _runs(plan, staged, description)
+        transaction = Transaction(description.view.model, description.view.slots, runs=runs)
         try:
-            runs = _runs(plan, staged, description)
             if runs:
                 transaction.scratch(staged.tensors)
             for key, value in staged.tensors.items():

@@ -247,11 +247,11 @@ def _leftovers(draft: Draft, found: Match, alias: Callable[[str], Hashable | Non
     """A reason for every source key that no step reads, or a problem."""
     source, target = draft.source, draft.target
     hidden = target.non_persistent | {canonical(name) for name in target.non_persistent}
-    used_memory = {alias(key): key for key in draft.used}
     filled_sites = {source[origin].site for origin, _ in found.pairs.values() if origin in source}
-    for key, entry in source.items():
-        if key in draft.used or key in draft.dropped or key in found.contested:
-            continue
+    left = [key for key in source if not (key in draft.used or key in draft.dropped or key in found.contested)]
+    used_memory = {alias(key): key for key in draft.used} if left else {}
+    for key in left:
+        entry = source[key]
         if entry.quantizer and key in source.recipes:
             continue  # nothing of the file: another way to tell what a quantizer holds
         parent, leaf = split_path(entry.site)

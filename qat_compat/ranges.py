@@ -95,9 +95,10 @@ class RangeOver:
 
         Args:
             first: Number of its first row.
-            rows: Contiguous, on the CPU, of one of the four floating-point dtypes; dimension 0 may be a part only.
+            rows: Contiguous, of one of the four floating-point dtypes; dimension 0 may be a part only.
         """
-        self._parts.append((first, *_ends(rows, self.axis)))
+        low, high = _ends(rows, self.axis) if rows.is_cpu else _by_torch(rows, self.axis)
+        self._parts.append((first, low.view(-1), high.view(-1)))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest values of all blocks."""

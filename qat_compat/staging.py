@@ -24,6 +24,7 @@ from qat_compat.storage import Extent, Read, read_all
 __all__ = ["Reading", "Staged", "stage"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_STREAMED = ("cpu", "cuda")  # devices that a file is read onto; others get copies of the mapping
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,6 @@ class _Stager:
         self.origin: dict[str, str] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.streams: list[tuple[Slot, Spec, Extent]] = []
-        self.on_host = reading.device is None or reading.device.type == "cpu"
 
     def copy(self, key: str, source: str) -> None:
         """Take one tensor of the source for one key of the model."""
@@ -162,12 +162,13 @@ class _Stager:
     def read(self) -> None:
         """Fill fresh memory with what streams from a file, then with all else."""
         targets = {slot.key: slot.tensor.dtype for slot, _, _ in self.streams}
-        large = [slot for slot, _, _ in self.streams if slot.is_parameter]
+        # quantizers resize buffers, so each of those has memory of torch's own
+        large = [slot for slot, _, _ in self.streams if slot.is_parameter and self._device(slot).type == "cpu"]
         fresh = fresh_tensors([(tuple(slot.tensor.shape), targets[slot.key]) for slot in large])
         made = {slot.key: tensor for slot, tensor in zip(large, fresh, strict=True)}
         for slot, spec, _ in self.streams:
-            if not slot.is_parameter:  # quantizers resize buffers, so each has memory of torch's own
-                made[slot.key] = torch.empty(spec.shape, dtype=targets[slot.key])
+            if slot.key not in made:
+                made[slot.key] = torch.empty(spec.shape, dtype=targets[slot.key], device=self._device(slot))
         read_all([self._to_read(slot, spec, extent, made[slot.key]) for slot, spec, extent in self.streams])
         self.staged.tensors.update(made)
         copy_all(self.copies)
@@ -177,7 +178,7 @@ class _Stager:
         target = slot.tensor
         if type(target) not in _PLAIN or target.layout is not torch.strided or not target.is_contiguous():
             return False
-        if not (target.is_cpu or (target.is_meta and self.on_host)) or self.reading.mmap:
+        if self._device(slot).type not in _STREAMED or self.reading.mmap:
             return False
         spec = self.source.spec(source)
         if spec.shape != target.shape or not (spec.dtype == target.dtype or is_widening(spec.dtype, target.dtype)):
@@ -204,6 +205,11 @@ class _Stager:
 
         return Read(extent, spec.dtype, target, each)
 
+    def _device(self, slot: Slot) -> torch.device:
+        """Where the model has the tensor, or will have it."""
+        target = slot.tensor
+        return (self.reading.device or torch.device("cpu")) if target.is_meta else target.device
+
     def _is_in_place(self, slot: Slot) -> bool:
         return self.reading.inplace and slot.is_parameter and not slot.tensor.is_meta
 
@@ -218,7 +224,7 @@ class _Stager:
     def _take(self, key: str, slot: Slot, value: Tensor) -> None:
         """Take a tensor that has been read."""
         target, staged, reading = slot.tensor, self.staged, self.reading
-        device = target.device if not target.is_meta else reading.device or torch.device("cpu")
+        device = self._device(slot)
         if value.dtype != target.dtype:
             loss = cast_loss(value, target.dtype)
             if loss is not None and loss.fatal:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["Slot", "collect_slots", "extra_state_keys", "join_path", "memory_of", "modules_of", "split_path"]
+__all__ = ["Slot", "collect_slots", "has_extra_state", "join_path", "memory_of", "modules_of", "split_path"]
 
 
 def join_path(*parts: str) -> str:
@@ -134,11 +133,6 @@ def memory_of(tensor: Tensor) -> Hashable:
     return storage._cdata, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def extra_state_keys(model: nn.Module) -> dict[str, nn.Module]:
-    """Key -> module for every module that overrides `get_extra_state`."""
-    default = nn.Module.get_extra_state
-    return {
-        join_path(path, torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX): module
-        for path, module in modules_of(model)
-        if type(module).get_extra_state is not default
-    }
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a module overrides `get_extra_state`."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state

@@ -16,10 +16,20 @@ __all__ = ["Transaction", "rehearsal"]
 
 
 class Transaction:
-    """The model as it was, and the way back to it."""
+    """The model as it was, and the way back to it.
 
-    def __init__(self, model: nn.Module, slots: Mapping[str, Slot]) -> None:
+    Args:
+        model: The model.
+        slots: Its tensors.
+        runs: Whether anything will run that can change more of a module than the tensors that are installed.
+    """
+
+    def __init__(self, model: nn.Module, slots: Mapping[str, Slot], *, runs: bool = True) -> None:
         self.slots = {slot.key: slot for slot in slots.values()}
+        changed = dict.fromkeys(model.modules()) if runs else {}
+        if not runs:  # only what is on the meta device gets other tensor objects
+            metas = (slot for slot in self.slots.values() if slot.tensor.is_meta)
+            changed = dict.fromkeys(module for slot in metas for module, _ in slot.owners)
         self._modules = [
             (
                 m,
@@ -29,7 +39,7 @@ class Transaction:
                 dict(m._modules),
                 set(m._non_persistent_buffers_set),
             )
-            for m in model.modules()
+            for m in changed
         ]
         self._data = {key: slot.tensor.data for key, slot in self.slots.items()}
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.norms import Evidence, Match
 from qat_compat.schema import Entry, Recipe, Role, Schema, Stage
-from qat_compat.state import join_path, split_path
+from qat_compat.state import join_path, modules_of, split_path
 
 __all__ = ["norm_eps", "unfold"]
 
@@ -35,7 +35,7 @@ def norm_eps(models: Sequence[nn.Module]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for model in models:
-        for path, module in model.named_modules():
+        for path, module in modules_of(model):
             if isinstance(module, _BatchNorm):
                 found.setdefault(path, module.eps)
     return found

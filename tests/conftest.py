@@ -18,6 +18,14 @@ import torch  # noqa: E402  (the hub must be offline before anything imports it)
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a CUDA device is skipped, and counted as skipped, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     """No test depends on which ran before it."""

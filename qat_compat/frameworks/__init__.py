@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks.aimet import AIMET
@@ -26,7 +27,7 @@ from qat_compat.frameworks.sparseml import QuantWrapped, SparseML
 from qat_compat.frameworks.torch_ao import TorchAO
 from qat_compat.frameworks.torchao import TorchAOQAT
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec
-from qat_compat.state import Slot, collect_slots, extra_state_keys, join_path, modules_of, split_path
+from qat_compat.state import Slot, collect_slots, has_extra_state, join_path, modules_of, split_path
 
 __all__ = [
     "FRAMEWORKS",
@@ -109,14 +110,14 @@ def describe_keys(view: KeyView) -> Schema:
 def describe_model(model: nn.Module) -> Description:
     """The meaning of every key of a live model, with its quantizers.
 
-    Example:
-        >>> from torch import nn
-        >>> description = describe_model(nn.Linear(2, 3))
-        >>> list(description.schema), description.schema.framework
-        (['weight', 'bias'], 'plain')
+        Example:
+            >>> from torch import nn
+            >>> description = describe_model(nn.Linear(2, 3))
+            >>> list(description.schema), description.schema.framework
+            (['weight', 'bias'], 'plain')
     """
     view = ModelView(model, dict(modules_of(model)), collect_slots(model))
-    lazy = [key for key, slot in view.slots.items() if isinstance(slot.tensor, nn.UninitializedParameter)]
+    lazy = [key for key, slot in view.slots.items() if is_lazy(slot.tensor)]
     if lazy:
         raise CompatError(
             "the model has lazy modules that are not built yet",
@@ -157,7 +158,6 @@ def _entries(
     """One entry per state_dict key, in the order of the state_dict, then the hidden state of each quantizer."""
     prefixes = {one.prefix for one in fused}
     optional = framework.constants(view) if framework is not None else {}
-    extra = {split_path(key)[0] for key in extra_state_keys(view.model)}
     owners = _quantizer_owners(view, quantizers)
     entries: dict[str, Entry] = {}
     for path, module in view.modules.items():
@@ -178,7 +178,7 @@ def _entries(
             else:
                 role = Role.PARAMETER if slot.is_parameter else Role.BUFFER
                 entries[key] = Entry(join_path(site_path, name), role, *spec, optional=optional.get(key, ""))
-        if path in extra:
+        if has_extra_state(module):
             name = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
             entries[join_path(path, name)] = Entry(join_path(site_path, name), Role.EXTRA, (), torch.uint8)
     if framework is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 CAPTURED = "a tensor that the tracer captured: not in the float model's state_dict"
+_DIGITS = re.compile(r"\d+")
 _NUMBERED = re.compile(r"(?:^|\.)(?:_tensor_constant|_?lifted_tensor_(?:constant)?|_torchbind_obj)\d+$")
 
 
@@ -192,6 +194,11 @@ class ModelView:
     slots: Mapping[str, Slot]
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # what a framework worked out once
 
+    @cached_property
+    def kinds(self) -> list[nn.Module]:
+        """One module of each class: enough to tell whose model it is."""
+        return list({type(module): module for module in self.modules.values()}.values())
+
 
 @dataclass(frozen=True)
 class KeyView:
@@ -215,6 +222,12 @@ class KeyView:
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def kinds(self) -> list[tuple[str, Spec]]:
+        """One key of each dtype and name, whatever the numbers in it: enough to tell how most layouts name things."""
+        found = {(_DIGITS.sub("0", key), spec.dtype): (key, spec) for key, spec in self.specs.items()}
+        return list(found.values())
 
 
 class Framework(ABC):

@@ -45,12 +45,11 @@ class Converted(KeyedFramework):
         return Stage.CONVERTED
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(_is_converted_class(type(module)) for module in view.modules.values())
+        return any(_is_converted_class(type(module)) for module in view.kinds)
 
     def owns_keys(self, view: KeyView) -> bool:
         return any(
-            spec.dtype in _QUANTIZED or "_packed_params." in key or _is_others(key, spec)
-            for key, spec in view.specs.items()
+            spec.dtype in _QUANTIZED or "_packed_params." in key or _is_others(key, spec) for key, spec in view.kinds
         )
 
     def place(self, key: str, spec: Spec) -> Place | None:

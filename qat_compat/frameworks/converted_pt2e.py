@@ -49,7 +49,7 @@ class ConvertedPT2E(KeyedFramework):
         return any(slot.tensor.dtype is torch.int8 and _FROZEN.match(key) for key, slot in view.slots.items())
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(spec.dtype is torch.int8 and _FROZEN.match(key) is not None for key, spec in view.specs.items())
+        return any(spec.dtype is torch.int8 and _FROZEN.match(key) is not None for key, spec in view.kinds)
 
     def stage(self, view: KeyView) -> Stage:
         return Stage.CONVERTED

@@ -77,7 +77,7 @@ class ConvertedTorchAO(KeyedFramework):
         return any(hasattr(type(slot.tensor), "tensor_data_names") for slot in view.slots.values())
 
     def owns_keys(self, view: KeyView) -> bool:
-        found = (_INNER.match(key) for key in view.specs if "._" in key or key.startswith("_"))
+        found = (_INNER.match(key) for key, _ in view.kinds if "._" in key or key.startswith("_"))
         return bool(view.attributes) or any(one is not None and one["part"] in _DATA for one in found)
 
     def place(self, key: str, spec: Spec) -> Place | None:

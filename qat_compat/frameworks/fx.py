@@ -135,7 +135,7 @@ class FX(TorchAO):
         return bool(graphs) and not any(is_exported(module) for module in graphs.values())
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(_NUMBERED.search(key) for key in view.specs)
+        return any(_NUMBERED.search(key) for key, _ in view.kinds)
 
     def describe_keys(self, view: KeyView) -> Schema:
         schema = super().describe_keys(view)

@@ -67,7 +67,7 @@ class KeyedFramework(Framework):
         return ()
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(self.place(key, spec) is not None for key, spec in view.specs.items())
+        return any(self.place(key, spec) is not None for key, spec in view.kinds)
 
     def stage(self, view: KeyView) -> Stage:
         return Stage.CONVERTED if holds_integers(view.specs) else Stage.PREPARED

@@ -308,7 +308,7 @@ class ModelOpt(KeyedFramework):
     # --- models -----------------------------------------------------------------------------------------------------
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(_is_quantizer(module) for module in view.modules.values())
+        return any(_is_quantizer(module) for module in view.kinds)
 
     def quantizers(self, view: ModelView) -> list[Quantizer]:
         names: dict[int, list[str]] = {}
@@ -372,7 +372,9 @@ class CompressedModelOpt(ModelOpt):
     live_stage = Stage.CONVERTED
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(getattr(module, "_dequantize", False) for module in view.modules.values() if _is_quantizer(module))
+        return super().owns_model(view) and any(
+            getattr(module, "_dequantize", False) for module in view.modules.values() if _is_quantizer(module)
+        )
 
     def owns_keys(self, view: Any) -> bool:
         return False  # its files are told from others by the dtype of their weights

@@ -259,7 +259,7 @@ class NNCF(KeyedFramework):
     # --- models -----------------------------------------------------------------------------------------------------
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(_is_quantizer(module) for module in view.modules.values())
+        return any(_is_quantizer(module) for module in view.kinds)
 
     def quantizers(self, view: ModelView) -> list[Quantizer]:
         names: dict[int, list[str]] = {}

@@ -75,14 +75,16 @@ class SparseML(QuantWrapped):
 
 def _wrapped(view: KeyView) -> set[str]:
     """Modules whose children are `quant`, with a quantizer in it, and `module`."""
-    hosts = {found["host"] or "" for key in view.specs if (found := _QUANT.match(key))}
-    if not hosts:
+    if not any(_QUANT.match(key) for key, _ in view.kinds):
         return set()
+    hosts = {found["host"] or "" for key in view.specs if (found := _QUANT.match(key))}
     children = _children(view)
     return {path for path in hosts if children[path] == {"quant", "module"}}
 
 
 def _stubbed(view: KeyView) -> set[str]:
+    if not any(_STUB.match(key) for key, _ in view.kinds):
+        return set()
     return {found["host"] or "" for key in view.specs if (found := _STUB.match(key))}
 
 

@@ -121,7 +121,7 @@ class TorchAO(Framework):
     name = "torch_ao"
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(is_fake_quant(m) or is_observer(m) for m in view.modules.values())
+        return any(is_fake_quant(m) or is_observer(m) for m in view.kinds)
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class TorchAO(Framework):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(QUANTIZER_KEY.search(key) for key in view.specs)
+        return any(QUANTIZER_KEY.search(key) for key, _ in view.kinds)
 
     def describe_keys(self, view: KeyView) -> Schema:
         entries: dict[str, Entry] = {}

@@ -208,7 +208,7 @@ class TorchAOQAT(Framework):
     name = "torchao"
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(_is_quantizer(module) for module in view.modules.values())
+        return any(_is_quantizer(module) for module in view.kinds)
 
     def quantizers(self, view: ModelView) -> list[Quantizer]:
         names: dict[int, list[str]] = {}
@@ -244,7 +244,7 @@ class TorchAOQAT(Framework):
             yield key, Entry(quantizer.site, role, shape, dtype, quantizer.name, leaf, hidden=True)
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(_quantizer_of(key) is not None for key in view.specs)
+        return any(_quantizer_of(key) is not None for key, _ in view.kinds)
 
     def describe_keys(self, view: KeyView) -> Schema:
         entries: dict[str, Entry] = {}

@@ -12,9 +12,10 @@ Example:
 from __future__ import annotations
 
 from qat_compat.storage.checkpoint import Checkpoint
+from qat_compat.storage.extent import Extent, Read
 from qat_compat.storage.find import find_checkpoint
 from qat_compat.storage.folder import new_folder
 from qat_compat.storage.io import open_source, save
-from qat_compat.storage.stream import Extent, Read, read_all
+from qat_compat.storage.stream import read_all
 
 __all__ = ["Checkpoint", "Extent", "Read", "find_checkpoint", "new_folder", "open_source", "read_all", "save"]

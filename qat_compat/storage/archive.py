@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qat_compat.errors import CheckpointError, LimitError
+from qat_compat.storage.extent import Extent
 from qat_compat.storage.mapped import MappedFile
-from qat_compat.storage.stream import Extent
 
 __all__ = ["Archive", "Record"]
 

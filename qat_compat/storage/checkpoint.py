@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qat_compat.schema import Spec
+from qat_compat.storage.extent import Extent
 from qat_compat.storage.lazy import HeldTensor
-from qat_compat.storage.stream import Extent
 
 __all__ = ["Checkpoint"]
 

@@ -14,11 +14,11 @@ from qat_compat.schema import Spec
 from qat_compat.storage import torch_zip
 from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.dcp_index import FRESH_COPY, Item, Piece, index_files, read_items
+from qat_compat.storage.extent import Extent
 from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import Unreadable
-from qat_compat.storage.stream import Extent
 from qat_compat.storage.text import short
 
 __all__ = ["CONTAINER"]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.schema import Spec
+from qat_compat.storage.extent import CAN_STREAM, Extent
 from qat_compat.storage.qtensor import Quantizer, rebuild_quantized
-from qat_compat.storage.stream import CAN_STREAM, Extent
 from qat_compat.storage.text import short
 
 __all__ = [

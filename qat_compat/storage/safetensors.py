@@ -16,10 +16,10 @@ from torch import Tensor
 from qat_compat.errors import CheckpointError, LimitError, SaveError
 from qat_compat.schema import Spec
 from qat_compat.storage.container import Container, Opened, Source
+from qat_compat.storage.extent import Extent, pieces
 from qat_compat.storage.lazy import LazyTensors, Storage, StoredTensor
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN
-from qat_compat.storage.stream import Extent, pieces
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes
 
 __all__ = ["CONTAINER", "write"]

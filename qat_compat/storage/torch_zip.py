@@ -18,10 +18,10 @@ from qat_compat.schema import Spec
 from qat_compat.storage.archive import Archive, Record
 from qat_compat.storage.archive_writer import ArchiveWriter
 from qat_compat.storage.container import Container, Opened, Source
+from qat_compat.storage.extent import Extent, pieces
 from qat_compat.storage.lazy import LazyTensor, Storage, contiguous
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN, StorageType, TypedStorage
-from qat_compat.storage.stream import Extent, pieces
 from qat_compat.storage.text import short
 from qat_compat.storage.unpickle import unpickle
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes

@@ -13,8 +13,8 @@ from torch import Tensor
 from qat_compat.errors import SaveError
 from qat_compat.schema import Spec
 from qat_compat.storage.checkpoint import Checkpoint
+from qat_compat.storage.extent import Extent
 from qat_compat.storage.lazy import HeldTensor, LazyTensor
-from qat_compat.storage.stream import Extent
 
 __all__ = ["Contents", "as_memory", "plain_bytes"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import qat_compat as qc
 from qat_compat.storage import Read, open_source, read_all
+from qat_compat.storage.extent import Extent
 from qat_compat.storage.mapped import MappedFile
-from qat_compat.storage.stream import Extent
 
 MIB = 1 << 20
 

@@ -1,0 +1,296 @@
+"""Bytes that go through the ring arrive, whatever the layout, and no slot is filled while the device still reads it.
+
+The ring runs here on the CPU, and on a device that is as late as a device may be: it copies nothing until somebody
+waits for it. On a CUDA device the same layouts are read by the tests marked `gpu`.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import qat_compat as qc
+from qat_compat.errors import CheckpointError
+from qat_compat.ranges import RangeOver, value_range
+from qat_compat.storage import ring
+from qat_compat.storage.extent import Extent, Read
+from qat_compat.storage.mapped import MappedFile
+from qat_compat.storage.stream import read_all
+
+MIB = 1 << 20
+CPU = torch.device("cpu")
+DTYPES = (torch.uint8, torch.bool, torch.bfloat16, torch.float32, torch.float64, torch.complex128)
+
+
+# --- a device that is late --------------------------------------------------------------------------------------------
+
+
+class Late:
+    """A device whose streams keep their copies until an event of theirs is waited for."""
+
+    def __init__(self, *, honest: bool = True) -> None:
+        self.honest = honest  # whether waiting for an event does anything before the end
+        self.lock = threading.RLock()
+        self.streams: list[LateStream] = []
+
+    def Stream(self) -> LateStream:
+        self.streams.append(LateStream(self))
+        return self.streams[-1]
+
+    def Event(self) -> LateEvent:
+        return LateEvent()
+
+    def current_stream(self, device: torch.device) -> LateStream:
+        return LateStream(self)
+
+    @contextmanager
+    def stream(self, stream: LateStream) -> Iterator[None]:
+        with Keeping(stream.work):
+            yield
+
+
+class LateStream:
+    def __init__(self, device: Late) -> None:
+        self.device = device
+        self.work: list[Callable[[], object]] = []
+        self.done = 0
+
+    def run(self, end: int) -> None:
+        with self.device.lock:
+            while self.done < end:
+                self.work[self.done]()
+                self.done += 1
+
+    def wait_event(self, event: LateEvent) -> None:
+        event.stream.run(event.end)  # what is looked at behind it runs at once
+
+    def wait_stream(self, other: LateStream) -> None:
+        other.run(len(other.work))
+
+
+class LateEvent:
+    def record(self, stream: LateStream) -> None:
+        self.stream, self.end = stream, len(stream.work)
+
+    def synchronize(self) -> None:
+        if self.stream.device.honest or threading.current_thread() is threading.main_thread():
+            self.stream.run(self.end)
+
+
+class Keeping(TorchDispatchMode):
+    """Copies are kept for later instead of being made."""
+
+    def __init__(self, work: list[Callable[[], object]]) -> None:
+        super().__init__()
+        self.work = work
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default):
+            return func(*args, **(kwargs or {}))
+        self.work.append(lambda: func(*args, **(kwargs or {})))
+        return args[0] if func is torch.ops.aten.copy_.default else None
+
+
+@pytest.fixture(params=["at once", "late"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    if request.param == "late":
+        late = Late()
+        monkeypatch.setattr(torch, "get_device_module", lambda device: late)
+    return CPU
+
+
+# --- what arrives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    path = tmp_path_factory.mktemp("ring") / "large"
+    data = torch.randint(0, 2, (120 * MIB,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path.write_bytes(data.numpy().tobytes())
+    return path, data
+
+
+Layout = list[tuple[int, int, torch.dtype]]
+LAYOUTS = st.lists(
+    st.tuples(st.integers(0, 9000), st.integers(0, 10 * MIB) | st.integers(0, 64), st.sampled_from(DTYPES)),
+    min_size=1,
+    max_size=8,
+)
+
+
+def laid_out(large: tuple[Path, Tensor], layout: Layout, device: torch.device) -> tuple[list[Read], list[Tensor]]:
+    """Reads with gaps before them, and the bytes that they should bring."""
+    path, data = large
+    file = MappedFile(path)
+    reads, expected, position = [], [], 0
+    for gap, size, dtype in layout:
+        position += gap
+        count = size // dtype.itemsize
+        length = count * dtype.itemsize
+        target = torch.zeros(count, dtype=dtype, device=device)
+        reads.append(Read(Extent(file, position, length), dtype, target))
+        expected.append(data[position : position + length])
+        position += length
+    return [read for read in reads if read.extent.nbytes], [part for part in expected if len(part)]
+
+
+def same(reads: list[Read], expected: list[Tensor]) -> bool:
+    return all(torch.equal(r.target.cpu().view(torch.uint8), e) for r, e in zip(reads, expected, strict=True))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_any_layout_arrives(large: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    @settings(max_examples=25, deadline=None)
+    @given(LAYOUTS)
+    def arrives(layout: Layout) -> None:
+        if late:
+            module = Late()
+            monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+        reads, expected = laid_out(large, layout, CPU)
+        ring.fill_through_ring(reads, CPU)
+        assert same(reads, expected)
+
+    arrives()
+
+
+def test_more_bytes_than_all_slots_and_a_tensor_over_many_of_them(
+    large: tuple[Path, Tensor], device: torch.device
+) -> None:
+    layout: Layout = [(3, 5, torch.uint8), (0, 90 * MIB, torch.float32), (7, 20 * MIB, torch.bfloat16)]
+    reads, expected = laid_out(large, layout, device)
+    ring.fill_through_ring(reads, device)
+    assert same(reads, expected)
+
+
+def test_without_waiting_for_its_event_a_slot_is_filled_too_early(
+    large: tuple[Path, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the late device tells a ring that waits from one that does not."""
+    monkeypatch.setattr(torch, "get_device_module", lambda device: late)
+    late = Late(honest=False)
+    reads, expected = laid_out(large, [(0, 100 * MIB, torch.float32)], CPU)
+    ring.fill_through_ring(reads, CPU)
+    assert not same(reads, expected)
+
+
+def test_more_small_tensors_than_one_call_takes(large: tuple[Path, Tensor], device: torch.device) -> None:
+    reads, expected = laid_out(large, [(1, 3, torch.uint8)] * 3000, device)
+    ring.fill_through_ring(reads, device)
+    assert same(reads, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (700, 1000), (3, 3 * MIB)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_wider_dtype_is_made_on_the_way(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    path = tmp_path / "value"
+    path.write_bytes(b"x" + value.view(-1).view(torch.uint8).numpy().tobytes())
+    target = torch.zeros(shape, dtype=dtype)
+    ring.fill_through_ring([Read(Extent(MappedFile(path), 1, value.nbytes), torch.bfloat16, target)], device)
+    assert torch.equal(target, value.to(dtype))
+
+
+def test_whole_tensors_are_looked_at_once_each(tmp_path: Path, device: torch.device) -> None:
+    values = [torch.randn(rows, 1 << 18, generator=torch.Generator().manual_seed(rows)) for rows in (1, 20, 3)]
+    path = tmp_path / "values"
+    path.write_bytes(b"".join(value.numpy().tobytes() for value in values))
+    file, start = MappedFile(path), 0
+    reads, ranges = [], []
+    for value in values:
+        over = RangeOver(0)
+        reads.append(Read(Extent(file, start, value.nbytes), value.dtype, torch.zeros_like(value), over.add))
+        ranges.append(over)
+        start += value.nbytes
+    ring.fill_through_ring(reads, device)
+    for value, over in zip(values, ranges, strict=True):
+        assert all(map(torch.equal, over.result(), value_range(value, 0)))
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_ends_early_is_said_and_nothing_hangs(tmp_path: Path, device: torch.device) -> None:
+    path = tmp_path / "short"
+    path.write_bytes(bytes(30 * MIB))
+    reads = [Read(Extent(MappedFile(path), 0, 30 * MIB), torch.uint8, torch.zeros(30 * MIB, dtype=torch.uint8))]
+    path.write_bytes(bytes(9 * MIB))
+    with pytest.raises(CheckpointError, match=r"short.*cut short|changed while it was open"):
+        ring.fill_through_ring(reads, device)
+    again = tmp_path / "whole"
+    again.write_bytes(bytes([7]) * 100)
+    target = torch.zeros(100, dtype=torch.uint8)
+    ring.fill_through_ring([Read(Extent(MappedFile(again), 0, 100), torch.uint8, target)], device)
+    assert (target == 7).all()
+
+
+def test_an_error_of_who_looks_reaches_the_caller(tmp_path: Path, device: torch.device) -> None:
+    path = tmp_path / "value"
+    path.write_bytes(bytes(40 * MIB))
+
+    def each(first: int, rows: Tensor) -> None:
+        raise ZeroDivisionError("seen")
+
+    file = MappedFile(path)
+    reads = [
+        Read(Extent(file, at * 10 * MIB, 10 * MIB), torch.uint8, torch.zeros(10 * MIB, dtype=torch.uint8), each)
+        for at in range(4)
+    ]
+    with pytest.raises(ZeroDivisionError, match="seen"):
+        ring.fill_through_ring(reads, device)
+
+
+# --- a real device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_every_layout_arrives_on_a_gpu(large: tuple[Path, Tensor]) -> None:
+    shuffler = random.Random(0)
+    for _ in range(40):
+        layout = [
+            (shuffler.randrange(9000), shuffler.choice((40, 10 * MIB)), shuffler.choice(DTYPES))
+            for _ in range(shuffler.randrange(1, 9))
+        ]
+        reads, expected = laid_out(large, layout, torch.device("cuda", 0))
+        read_all(reads)
+        assert same(reads, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["default", "inplace", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_on_a_gpu_is_the_twin_of_one_on_the_cpu(tmp_path: Path, where: str, dtype: torch.dtype) -> None:
+    """Weights and the scales of their channels, read and worked out on the device."""
+    from benchmarks.suites.ranges import prepared
+
+    def model(width: int = 1100) -> nn.Module:
+        return prepared([nn.Linear(width, width, bias=True) for _ in range(3)], torch.float32)
+
+    torch.manual_seed(0)
+    state = {key: value.to(dtype) for key, value in model().state_dict().items() if "fake_quant" not in key}
+    save_file(state, tmp_path / "model.safetensors")
+    twin, target = model(), model()
+    qc.load_checkpoint(twin, tmp_path / "model.safetensors")
+    if where != "meta":
+        target = target.to("cuda")
+    else:
+        for layer in target:
+            layer._parameters = {name: nn.Parameter(p.to("meta")) for name, p in layer._parameters.items()}
+            layer.weight_fake_quant.to("cuda")
+    qc.load_checkpoint(target, tmp_path / "model.safetensors", inplace=where == "inplace", device="cuda")
+    found = target.state_dict()
+    assert {value.device.type for value in found.values()} == {"cuda"}
+    assert all(torch.equal(found[key].cpu(), value) for key, value in twin.state_dict().items())

@@ -29,7 +29,7 @@ help:
 	@echo "make test    lint, types, import layers, documentation examples, all tests"
 	@echo "make lint    the first three of these"
 	@echo "make matrix  the full compatibility matrix, written to docs/matrix.md, .html and .json"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   the benchmarks and their plots (BENCH_ARGS='--device cuda' on a GPU)"
 	@echo "make clean   remove the environment and the caches"
 
 demo: $(VENV)/.demo
@@ -50,7 +50,9 @@ matrix: $(VENV)/.test
 	  $(foreach kind,md html json,--qat-matrix-report=docs/matrix.$(kind)) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
+	$(INSTALL) -e '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.plots
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

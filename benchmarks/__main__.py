@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import fresh, interleaved, machine
+from benchmarks.harness import fresh, interleaved, machine, use_device
 from benchmarks.suites import SUITES
 
 __all__ = ["main", "table"]
@@ -29,8 +29,9 @@ def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     about = results["machine"]
     lines = [
-        f"{about['processor']}, {about['cores']} cores, torch {about['torch']}, warm page cache;"
-        " medians of fresh processes.",
+        f"{about['accelerator'] or about['device']}: {about['processor']}, {about['cores']} cores,"
+        f" torch {about['torch']}, qat_compat {about['qat_compat']} ({about['commit']});"
+        " medians of fresh processes; the page cache is warm where nothing else is said.",
     ]
     for name, suite in SUITES.items():
         rows = [row for row in results["rows"] if row["suite"] == name]
@@ -41,15 +42,18 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where the models are; only cpu so far")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are")
     parser.add_argument("--only", choices=list(SUITES), help="one suite alone")
     parser.add_argument("--runs", type=int, default=5, help="fresh processes per figure (default 5)")
     parser.add_argument(
         "--tiny", action="store_true", help="the smallest sizes, all in this process: to see that everything runs"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="where the JSON goes")
+    parser.add_argument(
+        "--out", type=Path, help="where the JSON goes (default results/DEVICE.json beside this; nowhere with --only)"
+    )
     parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    use_device(options.device)
     if options.one:
         torch.set_num_threads(os.cpu_count() or 1)
         print(json.dumps(SUITES[options.one[0]].one(*options.one[1:])))
@@ -63,8 +67,10 @@ def main(argv: list[str] | None = None) -> int:
                 measure = suite.one if options.tiny else partial(fresh, name)
                 rows += suite.rows(interleaved(cases, options.runs, measure))
     results = {"machine": about, "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    out = options.out or (None if options.only else RESULTS / f"{options.device}.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0
 

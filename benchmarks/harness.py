@@ -1,4 +1,4 @@
-"""Fresh processes, floors, and the figures that a run gives."""
+"""Fresh processes, devices, floors, and the figures that a run gives."""
 
 from __future__ import annotations
 
@@ -19,12 +19,42 @@ import torch
 
 import qat_compat
 
-__all__ = ["Figures", "floor", "fresh", "interleaved", "machine", "peak_of", "summary", "timed", "touch_memory"]
+__all__ = [
+    "Figures",
+    "device",
+    "floor",
+    "fresh",
+    "interleaved",
+    "machine",
+    "peak_of",
+    "summary",
+    "timed",
+    "touch_memory",
+    "use_device",
+]
 
 Figures = dict[str, float]  # what one process measured
 _ROOT = Path(__file__).parent.parent
 _BLOCK = 8 << 20
 _NOISY = 1.5  # largest by smallest time of one figure
+_device = torch.device("cpu")
+
+
+def use_device(name: str) -> None:
+    """Have the models of this process on that device."""
+    global _device
+    _device = torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def device() -> torch.device:
+    """Where the models are."""
+    return _device
+
+
+def _wait() -> None:
+    """Until the device has done what it was given."""
+    if _device.type == "cuda":
+        torch.cuda.synchronize(_device)
 
 
 Cases = Sequence[tuple[str, ...]]  # the arguments of each
@@ -41,7 +71,7 @@ def interleaved(cases: Cases, runs: int, measure: Callable[..., Figures]) -> dic
 
 def fresh(*arguments: str) -> Figures:
     """One case of a suite in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--one", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--device", _device.type, "--one", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
@@ -50,9 +80,11 @@ def fresh(*arguments: str) -> Figures:
 
 
 def timed(call: Callable[[], object]) -> Figures:
-    """Wall-clock and CPU seconds of one call."""
+    """Wall-clock and CPU seconds of one call, until the device is done with it."""
+    _wait()
     cpu, started = time.process_time(), time.perf_counter()
     call()
+    _wait()
     return {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 
 
@@ -69,9 +101,28 @@ def touch_memory(nbytes: int) -> None:
             memory[offset] = 1
 
 
-def floor(path: Path, threads: int = 2) -> float:
-    """Seconds to `pread` a file with two threads into blocks that stay in the cache: nothing can be faster."""
+def floor(path: Path) -> float:
+    """Seconds that the bytes of a file need to where the model is, if nothing else is done: nothing can be faster.
+
+    To the CPU they are read, with two threads, into blocks that stay in the cache. To another device they cross the
+    bus, from pinned memory; where reading them (with eight threads) takes longer, that is the floor.
+    """
     size = path.stat().st_size
+    if _device.type == "cpu":
+        return _read_seconds(path, size, threads=2)
+    return max(_read_seconds(path, size, threads=8), _bus_seconds(size))
+
+
+def _bus_seconds(size: int) -> float:
+    here = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(_BLOCK, dtype=torch.uint8, device=_device)
+    there.copy_(here, non_blocking=True)
+    count = -(-size // _BLOCK)
+    seconds = timed(lambda: [there.copy_(here, non_blocking=True) for _ in range(count)])["seconds"]
+    return seconds * size / (count * _BLOCK)
+
+
+def _read_seconds(path: Path, size: int, threads: int) -> float:
     descriptor = os.open(path, os.O_RDONLY)
     ring = [bytearray(_BLOCK) for _ in range(threads)]
 
@@ -131,8 +182,9 @@ def machine() -> dict[str, Any]:
         platform.processor(),
     )
     return {
-        "device": "cpu",
+        "device": _device.type,
         "processor": model,
+        "accelerator": torch.cuda.get_device_name(_device) if _device.type == "cuda" else "",
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "huge_pages": "".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled")),

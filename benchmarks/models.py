@@ -1,14 +1,17 @@
-"""Models in the shapes that people load, with random weights."""
+"""Models in the shapes that people load. What their weights are does not matter, only that it is known."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["MODELS", "blank", "build", "same_values", "write_files"]
+
+_PATTERN = 1 << 20  # values after which those of a tensor repeat
 
 
 class _LlamaLayer(nn.Module):
@@ -23,6 +26,8 @@ class _LlamaLayer(nn.Module):
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.input_layernorm = nn.RMSNorm(width)
+        self.post_attention_layernorm = nn.RMSNorm(width)
 
 
 class _Bottleneck(nn.Module):
@@ -36,13 +41,34 @@ class _Bottleneck(nn.Module):
             setattr(self, f"bn{index}", nn.BatchNorm2d(after))
 
 
-def _llama(layers: int, dtype: torch.dtype) -> nn.Module:
-    return nn.ModuleList([_LlamaLayer(2048, 8192, 512) for _ in range(layers)]).to(dtype)
+class _BertLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("query", "key", "value", "dense"):
+            setattr(self, name, nn.Linear(width, width))
+        self.intermediate, self.output = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.attention_norm, self.output_norm = nn.LayerNorm(width), nn.LayerNorm(width)
 
 
-def _resnet() -> nn.Module:
-    widths = [(64, 256)] * 3 + [(128, 512)] * 8 + [(256, 1024)] * 36 + [(512, 2048)] * 3
+def _llama(layers: int, words: int) -> nn.Module:
+    decoder = [_LlamaLayer(2048, 8192, 512) for _ in range(layers)]
+    return nn.ModuleList([nn.Embedding(words, 2048), *decoder, nn.RMSNorm(2048)]).bfloat16()
+
+
+def _resnet(blocks: Sequence[int]) -> nn.Module:
+    widths = [(64 << stage, 256 << stage) for stage, count in enumerate(blocks) for _ in range(count)]
     return nn.ModuleList([_Bottleneck(inner, outer) for inner, outer in widths])
+
+
+def _yolo() -> nn.Module:
+    """57 convolutions with their normalizations, in the widths of YOLOv8n."""
+    widths = [16, 32, *[32] * 5, 64, *[64] * 9, 128, *[128] * 9, 256, *[256] * 5, *[128] * 8, *[64] * 17]
+    convolutions = zip([3, *widths], widths, strict=False)
+    return nn.ModuleList([nn.Sequential(nn.Conv2d(a, b, 3, bias=False), nn.BatchNorm2d(b)) for a, b in convolutions])
+
+
+def _minilm() -> nn.Module:
+    return nn.ModuleList([nn.Embedding(30522, 384), nn.Embedding(512, 384), *[_BertLayer(384) for _ in range(6)]])
 
 
 def _flat(count: int) -> nn.Module:
@@ -50,26 +76,41 @@ def _flat(count: int) -> nn.Module:
 
 
 # name -> how it is made; sizes in the comments are of the file
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "tiny": lambda: nn.ModuleList([_Bottleneck(8, 16) for _ in range(2)]),  # for the tests
-    "llama-4-layers-bf16": lambda: _llama(4, torch.bfloat16),  # 0.49 GB
-    "resnet152-like": _resnet,  # 0.22 GB in 900 tensors
+    "llama-1b-bf16": lambda: _llama(16, 128256),  # 2.47 GB
+    "llama-4-layers-bf16": lambda: _llama(4, 256),  # 0.49 GB
+    "resnet152-like": lambda: _resnet((3, 8, 36, 3)),  # 0.22 GB in 900 tensors
+    "resnet50-like": lambda: _resnet((3, 4, 6, 3)),  # 0.09 GB in 288 tensors
+    "yolov8n-like": _yolo,  # 21 MB in 342 tensors
+    "minilm-like": _minilm,  # 90 MB in 98 tensors
     "flat-20k": lambda: _flat(20_000),  # 20,000 modules of one small tensor
 }
 
 
-def build(name: str, device: str = "cpu") -> nn.Module:
-    """The model of that name, with weights that are the same every time."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        return MODELS[name]()
-
-
-def blank(name: str) -> nn.Module:
-    """The model with zeros, in memory that has been written to."""
-    model = build(name)
+def build(name: str, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of that name, with values that are the same every time."""
+    with torch.device("meta"):
+        model = MODELS[name]()
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device="cpu")
+    pattern = torch.randn(_PATTERN, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for tensor in model.state_dict().values():
+        for number, (_, tensor) in enumerate(_tensors(model)):
+            values = pattern.to(tensor.dtype)
+            for block in tensor.view(-1).split(_PATTERN):
+                block.copy_(values[: len(block)])
+            if tensor.dtype.is_floating_point:
+                tensor.view(-1)[0] = number  # no two tensors are alike
+    return model.to(device)
+
+
+def blank(name: str, device: str | torch.device = "cpu") -> nn.Module:
+    """The model with zeros, in memory that has been written to."""
+    model = build(name, "meta").to_empty(device=device)
+    with torch.no_grad():
+        for _, tensor in _tensors(model):
             tensor.zero_()
     return model
 
@@ -84,11 +125,11 @@ def write_files(name: str, folder: Path) -> None:
 def same_values(model: nn.Module, expected: nn.Module) -> None:
     """Raise if any tensor of the two differs."""
     for (key, value), other in zip(_tensors(model), _tensors(expected), strict=True):
-        if key != other[0] or not torch.equal(value, other[1]):
+        if key != other[0] or not torch.equal(value.to(other[1].device), other[1]):
             raise RuntimeError(f"{key} is not what the file holds")
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Names and tensors; `state_dict` itself is slow where a module has very many children."""
     return [
         (f"{path}.{name}", tensor)

@@ -8,15 +8,23 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as suite
+from benchmarks import plots
 from benchmarks.harness import fresh
 from benchmarks.suites import SUITES
+from benchmarks.suites.media import resident
+from benchmarks.ways import WAYS
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("benchmarks") / "tiny.json"
     assert suite.main(["--tiny", "--runs", "1", "--out", str(out)]) == 0
-    return json.loads(Path(out).read_text())
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(file: Path) -> dict:
+    return json.loads(file.read_text())
 
 
 def test_a_figure_comes_from_a_process_of_its_own() -> None:
@@ -36,7 +44,7 @@ def test_ratios_are_to_a_baseline_of_the_same_run(results: dict) -> None:
     rows = [row for row in results["rows"] if "baseline" in row]
     assert rows
     for row in rows:
-        same = {name: row.get(name) for name in ("suite", "model", "dtype", "width")}
+        same = {name: row.get(name) for name in ("suite", "model", "medium", "dtype", "width")}
         base = [
             one
             for one in rows
@@ -55,3 +63,38 @@ def test_the_table_holds_every_candidate(results: dict) -> None:
     table = suite.table(results)
     for row in results["rows"]:
         assert row.get("how", f"{row.get('keys'):,}" if "keys" in row else "") in table
+
+
+def test_what_is_drawn_is_what_was_measured(file: Path, results: dict, tmp_path: Path) -> None:
+    drawn = {path.name: path.read_text() for path in plots.main(file, tmp_path)}
+    assert set(drawn) == {"cpu-tiny.svg", "cpu-planning.svg"}
+    rows = [row for row in results["rows"] if row["suite"] == "load"]
+    axes = plots.throughput(rows, "tiny").axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [row["gb_per_s"] for row in rows]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row["how"] for row in rows]
+
+
+def test_a_file_whose_pages_are_in_memory_is_told_from_one_that_was_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(1 << 20))
+    assert resident(path) == 1
+    with path.open("wb") as file:
+        file.truncate(1 << 20)  # a hole: nothing that could be in memory
+    assert resident(path) < 1
+
+
+@pytest.mark.gpu
+def test_every_suite_runs_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "tiny.json"
+    try:
+        assert suite.main(["--tiny", "--runs", "1", "--device", "cuda", "--out", str(out)]) == 0
+    finally:
+        suite.use_device("cpu")
+    results = json.loads(out.read_text())
+    assert results["machine"]["device"] == "cuda" and results["machine"]["accelerator"]
+    assert {row["suite"] for row in results["rows"]} == set(SUITES)
+
+
+def test_a_peer_that_is_not_installed_is_not_listed(results: dict) -> None:
+    listed = {row["how"] for row in results["rows"] if row["suite"] == "load"}
+    assert listed == {name for name, way in WAYS.items() if way.is_available}

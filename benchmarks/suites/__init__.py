@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from benchmarks.suites import conversion, load, memory, planning, qparams, ranges
+from benchmarks.suites import calibration, conversion, load, media, memory, planning, qparams, ranges
 
 __all__ = ["SUITES"]
 
 SUITES: dict[str, ModuleType] = {
     "load": load,
+    "media": media,
     "ranges": ranges,
     "load+ranges": qparams,
     "planning": planning,
     "memory": memory,
     "conversion": conversion,
+    "calibration": calibration,
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Figures, summary, timed
+from benchmarks.harness import Figures, device, summary, timed
 from qat_compat.driving import observe_weights
 from qat_compat.frameworks import Needs, Quantizer, describe_model
 
@@ -53,7 +53,7 @@ def prepared(layers: Sequence[nn.Module], dtype: torch.dtype) -> nn.Module:
         )
         model = nn.Sequential(*layers).to(dtype)
         model.qconfig = QConfig(activation=nn.Identity, weight=weight)  # type: ignore[assignment]
-        return prepare_qat(model.train())  # type: ignore[no-any-return]
+        return prepare_qat(model.train()).to(device())  # type: ignore[no-any-return]
 
 
 def scales(quantizers: Sequence[Quantizer]) -> list[Tensor]:

@@ -110,11 +110,11 @@ def describe_keys(view: KeyView) -> Schema:
 def describe_model(model: nn.Module) -> Description:
     """The meaning of every key of a live model, with its quantizers.
 
-        Example:
-            >>> from torch import nn
-            >>> description = describe_model(nn.Linear(2, 3))
-            >>> list(description.schema), description.schema.framework
-            (['weight', 'bias'], 'plain')
+    Example:
+        >>> from torch import nn
+        >>> description = describe_model(nn.Linear(2, 3))
+        >>> list(description.schema), description.schema.framework
+        (['weight', 'bias'], 'plain')
     """
     view = ModelView(model, dict(modules_of(model)), collect_slots(model))
     lazy = [key for key, slot in view.slots.items() if is_lazy(slot.tensor)]

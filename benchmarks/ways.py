@@ -1,0 +1,148 @@
+"""The ways to load a file into a model that are compared: torch's and safetensors' own, peers', and ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import qat_compat as qc
+from benchmarks.harness import device
+from benchmarks.models import blank, build
+
+__all__ = ["WAYS", "Way", "available", "baseline"]
+
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way.
+
+    Args:
+        container: Suffix of the file that it reads.
+        load: Fills the model from the file.
+        devices: Types of device where it works.
+        package: What it needs besides what the project needs.
+        meta: Whether the model is on the meta device, and made by the load.
+    """
+
+    container: str
+    load: Callable[[nn.Module, Path], object]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    package: str = "torch"
+    meta: bool = False
+
+    def model(self, name: str) -> nn.Module:
+        """The model as it is before the load."""
+        return build(name, "meta") if self.meta else blank(name, device())
+
+    @property
+    def is_available(self) -> bool:
+        return device().type in self.devices and find_spec(self.package) is not None
+
+
+def _load_file(model: nn.Module, path: Path) -> None:
+    model.load_state_dict(load_file(path, device=str(device())))
+
+
+def _torch_load(model: nn.Module, path: Path) -> None:
+    model.load_state_dict(torch.load(path, map_location=device(), weights_only=True))
+
+
+def _copied(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for key, value in tensors:
+            state[key].copy_(value)
+
+
+def _safe_open(model: nn.Module, path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        _copied(model, ((key, file.get_tensor(key)) for key in file.keys()))  # noqa: SIM118 - the file is no mapping
+
+
+def _pread(model: nn.Module, path: Path) -> None:
+    """The least that any load into a model that is there must do: two threads, and nothing looked at."""
+    header = 8 + int.from_bytes(path.open("rb").read(8), "little")
+    with safe_open(path, "pt") as file:
+        order = file.offset_keys()
+    state = model.state_dict()
+    blocks: list[tuple[memoryview, int]] = []
+    for key in order:
+        values = memoryview(state[key].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        blocks += [(values[at : at + _BLOCK], header + at) for at in range(0, len(values), _BLOCK)]
+        header += len(values)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda block: os.preadv(descriptor, [block[0]], block[1]), blocks))
+    finally:
+        os.close(descriptor)
+
+
+def _fastsafetensors(model: nn.Module, path: Path) -> None:
+    from fastsafetensors import fastsafe_open
+
+    with fastsafe_open(filenames=[str(path)], nogds=True, device=str(device())) as file:
+        _copied(model, ((key, file.get_tensor(key)) for key in list(file.keys())))
+
+
+def _runai(model: nn.Module, path: Path) -> None:
+    from runai_model_streamer import SafetensorsStreamer
+
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_file(str(path))
+        _copied(model, streamer.get_tensors())
+
+
+def _instanttensor(model: nn.Module, path: Path) -> None:
+    from instanttensor import safe_open as instant_open
+
+    with instant_open(str(path), framework="pt", device=device(), copy=False) as file:
+        _copied(model, file.tensors())
+
+
+def _ours(model: nn.Module, path: Path, **options: Any) -> None:
+    qc.load_checkpoint(model, path, progress=False, device=device() if model_is_meta(model) else None, **options)
+
+
+def model_is_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+# the first of each container is the baseline of its ratios
+WAYS: Mapping[str, Way] = {
+    "load_file + load_state_dict": Way("safetensors", _load_file),
+    "safe_open + copy": Way("safetensors", _safe_open),
+    "pread into the model, two threads": Way("safetensors", _pread, devices=("cpu",)),
+    "fastsafetensors + copy": Way("safetensors", _fastsafetensors, package="fastsafetensors"),
+    "runai_model_streamer + copy": Way("safetensors", _runai, package="runai_model_streamer"),
+    "instanttensor + copy": Way("safetensors", _instanttensor, devices=("cuda",), package="instanttensor"),
+    "qat_compat": Way("safetensors", _ours),
+    "qat_compat inplace": Way("safetensors", partial(_ours, inplace=True)),
+    "qat_compat into a meta model": Way("safetensors", _ours, meta=True),
+    "torch.load + load_state_dict": Way("pt", _torch_load),
+    "qat_compat from .pt": Way("pt", _ours),
+    "qat_compat from .pt, inplace": Way("pt", partial(_ours, inplace=True)),
+}
+
+
+def available(names: Iterable[str] = WAYS) -> list[str]:
+    """Those that can be taken here."""
+    return [name for name in names if WAYS[name].is_available]
+
+
+def baseline(name: str) -> str:
+    """What a way is compared with: the first of its container."""
+    return next(base for base, way in WAYS.items() if way.container == WAYS[name].container)

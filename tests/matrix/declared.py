@@ -68,9 +68,7 @@ UNSUPPORTED = {
 }
 # Glob over `model/flow/direction/container/granularity/dtype/device` -> what is wrong here. Each is a defect of ours:
 # its failed cells are shown as such in the report, and do not stop the tests. What is mended is taken off this list.
-DEFECTS: dict[str, str] = {
-    "whisper/pt2e-x86/transfer/*": "weights' scales that the other flow's eps (2**-12) held up are taken as they are",
-}
+DEFECTS: dict[str, str] = {}
 _ALL = {**ARCHS, **NETWORKS}
 
 

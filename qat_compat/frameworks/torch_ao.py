@@ -37,6 +37,7 @@ from qat_compat.frameworks.fake_quant import (
     is_fake_quant,
     is_observer,
 )
+from qat_compat.frameworks.torch_ao_lstm import is_lstm, lstm_name
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
 from qat_compat.trace import followers
@@ -160,6 +161,9 @@ class TorchAO(Framework):
         for path, module in view.modules.items():
             if _is_fused_float(module):
                 found[join_path(path, "0")] = _without(path, inner)
+            elif is_lstm(module):
+                keys = [join_path(path, name) for name, _ in module.named_parameters(remove_duplicate=False)]
+                found.update({key: name for key in keys if (name := lstm_name(_without(key, inner)))})
         return found
 
     def fused(self, view: ModelView) -> list[Fused]:
@@ -264,7 +268,7 @@ class TorchAO(Framework):
         parent, leaf = split_path(key)
         if parent in hosts and leaf in _OLD_BN_LEAVES and join_path(parent, "weight") in view.specs:
             return join_path(parent, "bn", _OLD_BN_LEAVES[leaf])
-        return key
+        return lstm_name(key) or key
 
 
 def _is_quantized(entries: Mapping[str, Entry], path: str) -> bool:

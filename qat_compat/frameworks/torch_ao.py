@@ -12,7 +12,7 @@ What is known here, and what it rests on (torch 2.13):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -154,6 +154,14 @@ class TorchAO(Framework):
         if quantizer.needs is Needs.DEFINITION and role in (Role.SCALE, Role.ZERO_POINT):
             role = Role.CONSTANT
         return Entry(quantizer.site, role, spec.shape, spec.dtype, quantizer.name, leaf)
+
+    def hidden_entries(self, quantizer: Quantizer) -> Iterator[tuple[str, Entry]]:
+        assert isinstance(quantizer, FakeQuant)
+        for leaf, shape in quantizer.absent():
+            spec = Spec(shape, torch.float32)
+            yield join_path(quantizer.name, leaf), Entry(
+                quantizer.site, LEAVES[leaf], *spec, quantizer.name, leaf, hidden=True
+            )
 
     def sites(self, view: ModelView) -> Mapping[str, str]:
         inner = {join_path(path, "module") for path, module in view.modules.items() if _is_wrapper(module)}

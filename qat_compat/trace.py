@@ -21,6 +21,9 @@ from qat_compat.state import join_path, split_path
 __all__ = ["Passes", "followers", "watch_followers"]
 
 _MOST_CONDITIONS = 256  # a loop on a traced value would otherwise never end
+_MOST_VALUES = 20_000  # nor a loop in a loop, each over a number of the data
+# What a number that depends on the data is taken to be, by what a condition is: a small and a large size of anything.
+_NUMBERS = {True: 1024, False: 1}
 
 Passes = Callable[[nn.Module], bool]
 
@@ -30,15 +33,15 @@ class _LeafTracer(torch.fx.Tracer):
 
     Args:
         leaves: `id` of the modules not to enter.
-        branch: What a condition on a traced value is taken to be; None refuses to trace it. A call that is seen under
-            either answer is a call that the model makes.
+        branch: What a condition on a traced value is taken to be, and by it what a number is; None refuses to trace
+            either. A call that is seen under either answer is a call that the model makes.
     """
 
     def __init__(self, leaves: frozenset[int], branch: bool | None) -> None:
         super().__init__()
         self._leaves = leaves
         self._branch = branch
-        self._conditions = 0
+        self._conditions = self._values = 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
@@ -48,6 +51,31 @@ class _LeafTracer(torch.fx.Tracer):
         if self._branch is None or self._conditions > _MOST_CONDITIONS:
             return super().to_bool(obj)
         return self._branch
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        self._values += 1
+        if self._branch is None:
+            return super().proxy(node)
+        if self._values > _MOST_VALUES:
+            raise torch.fx.proxy.TraceError(f"more than {_MOST_VALUES} values")
+        return _NumberProxy(node, self, _NUMBERS[self._branch])
+
+
+class _NumberProxy(torch.fx.Proxy):
+    """A traced value that is a number where one is asked for: `int(x.shape[-1])`, `math.sqrt(x.size(1))`."""
+
+    def __init__(self, node: torch.fx.Node, tracer: torch.fx.Tracer, number: int) -> None:
+        super().__init__(node, tracer)
+        self._number = number
+
+    def __int__(self) -> int:
+        return self._number
+
+    def __index__(self) -> int:
+        return self._number
+
+    def __float__(self) -> float:
+        return float(self._number)
 
 
 def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:

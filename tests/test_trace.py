@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,42 @@ class Contradicting(Branching):
 def test_a_host_with_another_follower_on_each_way_tells_both_or_nothing() -> None:
     """It must not name one of them as if it were certain."""
     assert len(_follow(Contradicting()).get("left", ())) != 1
+
+
+class Sized(Branching):
+    """Pads to a number that it takes from the data, as TensorFlow does ("SAME")."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, max(4 - int(x.shape[-1]), 0)))
+        x = x / math.sqrt(x.abs().max())
+        return self.b(self.right(self.a(self.left(x))))
+
+
+def test_a_number_of_the_data_is_taken_for_some_number() -> None:
+    assert _follow(Sized()) == {"left": ("a",), "right": ("b",)}
+
+
+class Counting(Branching):
+    """Which pair is called depends on a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(x)
+        return self.a(x) if int(x.shape[0]) > 32 else self.b(x)
+
+
+def test_a_host_with_another_follower_for_each_number_tells_both_or_nothing() -> None:
+    assert len(_follow(Counting()).get("left", ())) != 1
+
+
+def test_loops_over_numbers_of_the_data_end() -> None:
+    class Nested(Branching):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(int(x.shape[0])):
+                for _ in range(int(x.shape[1])):
+                    x = self.a(self.left(x))
+            return x
+
+    assert _follow(Nested()) == {"left": ("a",)}
 
 
 class Looping(nn.Module):

@@ -177,7 +177,8 @@ def _entries(
                     entries[key] = entry
             else:
                 role = Role.PARAMETER if slot.is_parameter else Role.BUFFER
-                entries[key] = Entry(join_path(site_path, name), role, *spec, optional=optional.get(key, ""))
+                site = sites.get(key) or join_path(site_path, name)
+                entries[key] = Entry(site, role, *spec, optional=optional.get(key, ""))
         if has_extra_state(module):
             name = torch.nn.modules.module._EXTRA_STATE_KEY_SUFFIX
             entries[join_path(path, name)] = Entry(join_path(site_path, name), Role.EXTRA, (), torch.uint8)

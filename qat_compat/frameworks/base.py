@@ -264,7 +264,8 @@ class Framework(ABC):
         return ()
 
     def sites(self, view: ModelView) -> Mapping[str, str]:
-        """Module path in the prepared model -> module path in the float model, where the two differ."""
+        """Path of a module in the prepared model, or key of a tensor, -> its name in the float model, where the two
+        differ."""
         return {}
 
     def fused(self, view: ModelView) -> list[Fused]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
 from qat_compat.frameworks.fake_quant import LEAVES, QUANTIZER_KEY
 from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
+from qat_compat.frameworks.torch_ao_lstm import lstm_name
 from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
@@ -90,9 +91,11 @@ def _float_name(key: str, spec: Spec) -> str | None:
     if packed is None:
         return key if spec.dtype in _QUANTIZED else None
     leaf = {"0": "weight", "1": "bias", "_packed_weight": "weight"}.get(split_path(key)[1])
-    # a recurrent layer packs its weights under numbers, which do not tell which of its tensors they are
-    known = leaf is not None and "_all_weight_values" not in key
-    return join_path(packed["host"] or "", leaf) if known and leaf is not None else None
+    # a dynamic recurrent layer packs its weights under numbers, which do not tell which of its tensors they are
+    if leaf is None or "_all_weight_values" in key:
+        return None
+    name = join_path(packed["host"] or "", leaf)
+    return lstm_name(name) or name
 
 
 def _dequantize(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -78,6 +78,10 @@ def is_observer(module: object) -> bool:
     return has_base(module, "ObserverBase")
 
 
+def _is_on(flag: object) -> bool:
+    return isinstance(flag, Tensor) and not flag.is_meta and bool(flag)
+
+
 class FakeQuant(Quantizer):
     """A `FakeQuantizeBase` with its observer, or a bare observer, of torch.ao or torchao's pt2e."""
 
@@ -105,6 +109,8 @@ class FakeQuant(Quantizer):
         self._channels = channels
         self._parameter = parameter  # key of the parameter that `source` is made from
         self._factor = factor  # what that parameter is multiplied by on the way, per channel
+        # parameters that a forward makes learn if it finds this switch on; while data runs it is off
+        self._learns = [leaf for leaf, _ in self.absent() if _is_on(getattr(module, "learning_enabled", None))]
 
     @property
     def per_channel(self) -> bool:
@@ -188,6 +194,8 @@ class FakeQuant(Quantizer):
             warnings.simplefilter("ignore")
             scale, zero_point = self._calculate_qparams()
         self._write(scale, zero_point)
+        for leaf in self._learns:
+            getattr(self.module, leaf).requires_grad = True
 
     def _calculate_qparams(self) -> tuple[Tensor, Tensor]:
         # a learnable fake-quantizer's own method returns what it has learnt, not what was observed
@@ -230,6 +238,19 @@ class FakeQuant(Quantizer):
     def ranges(self) -> list[Tensor]:
         found = [getattr(self.observer, name, None) for name in ("min_val", "max_val")]
         return [tensor for tensor in found if isinstance(tensor, Tensor) and tensor.numel()]
+
+    def absent(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Leaves of its state that it has not made yet, with their shapes: torchao's `LearnableFakeQuantize` makes its
+        parameters in its first forward."""
+        for leaf in ("scale", "zero_point"):
+            if getattr(self.module, leaf, self) is None:
+                yield leaf, (self.channels() or 1,)
+
+    def restore(self, leaf: str, value: Tensor) -> None:
+        module: Any = self.module
+        value = value.to(module.eps.device)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=_is_on(module.learning_enabled)))
+        module._initialized = True
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         observer = self.observer
@@ -284,10 +305,10 @@ class FakeQuant(Quantizer):
         flat = int((ranges[0] == ranges[1]).sum())
         if flat:
             yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
-        if self.needs is not Needs.DATA or not hasattr(self.module, "scale") or hasattr(self.observer, "histogram"):
+        held: Any = getattr(self.module, "scale", None)
+        if self.needs is not Needs.DATA or held is None or hasattr(self.observer, "histogram"):
             return
         scale, _ = self._calculate_qparams()
-        held: Any = self.module.scale
         if held.shape == scale.shape and bool(((held / scale - 1).abs() > _SCALE_TOLERANCE).any()):
             yield (
                 f"{self.name}: scale {float(held.flatten()[0]):.6g} is not what its range gives on this grid"

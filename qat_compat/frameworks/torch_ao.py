@@ -12,7 +12,7 @@ What is known here, and what it rests on (torch 2.13):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from qat_compat.frameworks.fake_quant import (
     is_fake_quant,
     is_observer,
 )
+from qat_compat.frameworks.torch_ao_lstm import is_lstm, lstm_name
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
 from qat_compat.trace import followers
@@ -154,12 +155,23 @@ class TorchAO(Framework):
             role = Role.CONSTANT
         return Entry(quantizer.site, role, spec.shape, spec.dtype, quantizer.name, leaf)
 
+    def hidden_entries(self, quantizer: Quantizer) -> Iterator[tuple[str, Entry]]:
+        assert isinstance(quantizer, FakeQuant)
+        for leaf, shape in quantizer.absent():
+            spec = Spec(shape, torch.float32)
+            yield join_path(quantizer.name, leaf), Entry(
+                quantizer.site, LEAVES[leaf], *spec, quantizer.name, leaf, hidden=True
+            )
+
     def sites(self, view: ModelView) -> Mapping[str, str]:
         inner = {join_path(path, "module") for path, module in view.modules.items() if _is_wrapper(module)}
         found = {path: _without(path, inner) for path in inner}
         for path, module in view.modules.items():
             if _is_fused_float(module):
                 found[join_path(path, "0")] = _without(path, inner)
+            elif is_lstm(module):
+                keys = [join_path(path, name) for name, _ in module.named_parameters(remove_duplicate=False)]
+                found.update({key: name for key in keys if (name := lstm_name(_without(key, inner)))})
         return found
 
     def fused(self, view: ModelView) -> list[Fused]:
@@ -264,7 +276,7 @@ class TorchAO(Framework):
         parent, leaf = split_path(key)
         if parent in hosts and leaf in _OLD_BN_LEAVES and join_path(parent, "weight") in view.specs:
             return join_path(parent, "bn", _OLD_BN_LEAVES[leaf])
-        return key
+        return lstm_name(key) or key
 
 
 def _is_quantized(entries: Mapping[str, Entry], path: str) -> bool:

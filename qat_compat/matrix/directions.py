@@ -92,7 +92,7 @@ def check_transfer(case: Case) -> None:
     options = {"float_model": case.declared.make(), **case.witness}
     qc.load_checkpoint(model, case.written(donor.state_dict()), calibration=case.batches, **options)
     theirs = _activation_paths(twin)
-    found, wanted = full_state(model), full_state(twin)
+    found, wanted = full_state(model), {**full_state(twin), **_carried_scales(donor, twin)}
     assert_same_state(*({k: v for k, v in state.items() if not k.startswith(theirs)} for state in (found, wanted)))
     _assert_close(_outputs(case, model), _outputs(case, twin), 0.1)
 
@@ -113,7 +113,7 @@ DIRECTIONS: Mapping[str, Direction] = {
         Direction(
             "transfer",
             "other flow → QAT",
-            "weights and weight quantizers equal the twin's bit for bit; outputs to 10 %",
+            "weights equal the twin's and weight quantizers the other flow's, bit for bit; outputs to 10 %",
             check_transfer,
             optional=True,
         ),
@@ -183,6 +183,28 @@ def _named(model: nn.Module, modules: list[Any]) -> list[tuple[str, Any]]:
 def _is_of_weights(name: str, quantizer: Any) -> bool:
     """By its name, or in an exported program by its signed integers."""
     return "weight" in name.rpartition(".")[2] or getattr(quantizer, "dtype", None) in (torch.qint8, torch.int8)
+
+
+def _carried_scales(donor: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
+    """Scale and zero_point of the donor's weight quantizers, under the twin's keys.
+
+    Two flows may make different scales of one range: the `eps` of one holds up what the other lets be. What was trained
+    with is then the donor's. A quantizer of the twin is one of the donor if both hold the same range on the same grid.
+    """
+    theirs = {_range_and_grid(quantizer): quantizer for quantizer in fake_quantizers(donor)}
+    carried: dict[str, Tensor] = {}
+    for name, quantizer in _named(twin, fake_quantizers(twin)):
+        origin = theirs.get(_range_and_grid(quantizer))
+        if origin is not None and _is_of_weights(name, quantizer):
+            carried |= {f"{name}.scale": origin.scale, f"{name}.zero_point": origin.zero_point}
+    return carried
+
+
+def _range_and_grid(quantizer: Any) -> tuple[Any, ...]:
+    observer = quantizer.activation_post_process
+    bounds = [getattr(observer, name, None) for name in ("min_val", "max_val")]
+    values = [tuple(bound.flatten().tolist()) if isinstance(bound, Tensor) else None for bound in bounds]
+    return *values, observer.quant_min, observer.quant_max, str(observer.qscheme)
 
 
 def _activation_paths(model: nn.Module) -> tuple[str, ...]:

@@ -114,6 +114,24 @@ def test_a_tracers_number_never_carries_a_range(theirs: str, mine: str) -> None:
     assert not any(key.startswith(f"{name}.") for key in carried for name in numbered if "enabled" not in key)
 
 
+@pytest.mark.parametrize(("theirs", "mine"), [("eager-x86", "pt2e-x86"), ("pt2e-x86", "eager-x86")])
+def test_what_a_weight_was_trained_with_is_carried_though_the_target_would_choose_another_scale(
+    theirs: str, mine: str
+) -> None:
+    """X86InductorQuantizer lets no scale be smaller than 2**-12, the eager flow does: of small weights each makes
+    another."""
+    source, twin = (prepare_for(flow, "transformer")(ARCHS["transformer"].make(1)) for flow in (theirs, mine))
+    for model in (source, twin):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2**-6)
+        native_calibration(model, ARCHS["transformer"].batches())
+    target, _ = load(source, mine, "transformer")
+    assert_weights_carried(source, target)
+    own = {site: one for site, one in quantizers(twin).items() if one.needs is Needs.WEIGHTS}
+    assert all(not torch.equal(ranges(one)[0], ranges(quantizers(target)[site])[0]) for site, one in own.items())
+
+
 FOUR_BIT = QConfig(
     activation=torch.nn.Identity,
     weight=FakeQuantize.with_args(

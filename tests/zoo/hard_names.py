@@ -82,8 +82,8 @@ class Fixed(nn.Module):
 class Dynamic(nn.Module):
     """Does by the data what no tracer can follow, and its names follow no convention.
 
-    A branch can be tried both ways. Of a number taken from a tensor nothing is known, and then only channels, if they
-    differ, or data tell which BN is whose.
+    A branch can be tried both ways. How many rows a tensor has is not known, and then only channels, if they differ, or
+    data tell which BN is whose.
     """
 
     def __init__(self, last: int = 4, *, branch: bool = False) -> None:
@@ -101,7 +101,7 @@ class Dynamic(nn.Module):
             if x.sum() > 1e6:
                 x = x.clamp(-1, 1)
         else:
-            x = x / max(1.0, float(x.abs().max()) / 1e6)
+            x = torch.stack([row / max(1.0, float(row.abs().max()) / 1e6) for row in x])
         x = torch.relu(self.a(self.entry(x)))
         x = self.b(self.exit(x))
         return self.fc(x.mean((2, 3)))

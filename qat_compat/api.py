@@ -111,8 +111,7 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
         return save(tensors, path, versions=about.versions or None, record=record or None, backup=backup)
     hidden = hidden_state(source.description)
     record = {
-        "framework": source.schema.framework,
-        "stage": source.schema.stage.value,
+        **about.record,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
         **({"grids": dict(source.schema.grids)} if source.schema.grids else {}),
         **({"aliases": aliases} if (aliases := _aliases(source.description)) else {}),

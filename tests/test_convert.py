@@ -167,7 +167,9 @@ def test_a_saved_model_is_written_as_the_model_itself(name: str, suffix: str, tm
         folder = qc.convert_checkpoint(source, "compressed-tensors", tmp_path / source.stem)
         for path in live.iterdir():
             assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
-    assert_same(decompressed(live, model.norm.weight.dtype), dict(qc.to_float(model, weights="quantized")))
+    quantized = dict(qc.to_float(model, weights="quantized"))
+    assert_same(decompressed(live, model.norm.weight.dtype), quantized)
+    assert_same(qc.to_float(saved, weights="quantized"), quantized)
     resumed = net(model.norm.weight.dtype)
     resumed.load_state_dict(dict(qc.to_float(saved)), strict=True)
     assert_same(resumed.state_dict(), qc.to_float(model))

@@ -54,7 +54,10 @@ REFUSED = {
 # `nn.quantizable.LSTM`, into which eager mode swaps an LSTM, has other names and one tensor per gate input.
 # ModelOpt gives a bidirectional LSTM twice as many quantizers as it runs; it turns the weights of GPT-2's `Conv1D`.
 # Brevitas' own LSTM has other names, too, and quantizers in its cells.
+# Integers of a head that was tied to a float embedding are a second value of the one tensor that `like=` has.
+_TWO_VALUES = dict.fromkeys(("eager-*/converted", "fx-*/converted", "torchao-*/converted"), "are one tensor in like=")
 UNSUPPORTED = {
+    **dict.fromkeys(("decoder", "llama", "t5", "whisper"), _TWO_VALUES),
     "lstm": {
         "eager-*/load": r"lstm\.layers",
         "eager-*/back": r"lstm\.bias_hh",
@@ -64,7 +67,11 @@ UNSUPPORTED = {
         "brevitas/resume": r"graph:lstm\.layers",
         "brevitas/back": r"lstm\.bias_hh",
     },
-    "gpt2": {"modelopt-*/load": r"expected float32\[96, 32\]", "modelopt-*/back": r"expected float32\[32, 96\]"},
+    "gpt2": {
+        **_TWO_VALUES,
+        "modelopt-*/load": r"expected float32\[96, 32\]",
+        "modelopt-*/back": r"expected float32\[32, 96\]",
+    },
 }
 # Glob over `model/flow/direction/container/granularity/dtype/device` -> what is wrong here. Each is a defect of ours:
 # its failed cells are shown as such in the report, and do not stop the tests. What is mended is taken off this list.

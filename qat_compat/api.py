@@ -82,7 +82,8 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
     """Write a module or state_dict so that the old file or the new one is there at any moment, never neither.
 
     A module's sites and the state that its state_dict does not hold are written beside the weights; the file still
-    loads with plain torch (`.pt`) or safetensors (`.safetensors`).
+    loads with plain torch (`.pt`) or safetensors (`.safetensors`). Of a converted model, a `.pt` file has the objects
+    that torch itself would save, and a `.safetensors` file the tensors in them.
 
     Example:
         >>> import tempfile, torch
@@ -108,11 +109,13 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
         attributes = {"attributes": about.attributes} if about.attributes else {}
         record: dict[str, Any] = {**about.record, **attributes, **({"extra_state": extra} if extra else {})}
         tensors = {key: about[key] for key in about if key not in extra} if extra else about
-        return save(tensors, path, versions=about.versions or None, record=record or None, backup=backup)
+        objects = obj.state_dict() if isinstance(obj, nn.Module) else None  # a converted model
+        return save(
+            tensors, path, versions=about.versions or None, record=record or None, objects=objects, backup=backup
+        )
     hidden = hidden_state(source.description)
     record = {
-        "framework": source.schema.framework,
-        "stage": source.schema.stage.value,
+        **about.record,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
         **({"grids": dict(source.schema.grids)} if source.schema.grids else {}),
         **({"aliases": aliases} if (aliases := _aliases(source.description)) else {}),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Loss", "cast_loss", "is_widening"]
+__all__ = ["Loss", "cast_loss", "is_widening", "same_values"]
 
 _BLOCK = 1 << 20  # elements
 
@@ -72,3 +72,18 @@ def _blocks(value: Tensor) -> Sequence[Tensor]:
         return (value,)
     step = max(1, _BLOCK * len(value) // value.numel())
     return [value[first : first + step] for first in range(0, len(value), step)]
+
+
+def same_values(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, so that NaN equals itself.
+
+    Example:
+        >>> import torch
+        >>> same_values(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]))
+        True
+    """
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if left.is_floating_point():
+        return bool(((left == right) | ((left != left) & (right != right))).all())
+    return torch.equal(left, right)

@@ -31,7 +31,8 @@ def convert_checkpoint(
         source: Path, state_dict, opened checkpoint or module.
         to: "float" (a `.pt` or `.safetensors` file of plain tensors), "torchao" (its own safetensors file, of tensor
             subclasses), or "compressed-tensors" (a folder that Hugging Face and vLLM read). The latter two take a
-            module prepared by torchao's QATConfig, and what torchao or compressed-tensors converted to integers.
+            module prepared by torchao's QATConfig or what :func:`qat_compat.save_checkpoint` wrote of it, and what
+            torchao or compressed-tensors converted to integers.
         out: The destination; for "compressed-tensors" a folder that is not there yet.
         select: Which of several sets of weights in the file.
         like: The float layout, for "float"; see :func:`to_float`.

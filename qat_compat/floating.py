@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from qat_compat.state import join_path, split_path
 from qat_compat.storage import Checkpoint, Extent
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
+from qat_compat.weights import check_ties, reader
 
 __all__ = ["float_names", "to_float"]
 
@@ -56,8 +57,8 @@ def to_float(
         source: Path, state_dict, opened checkpoint or module.
         like: The float layout where the source alone does not tell the names: a float model, a state_dict, a path, or
             keys. It also sets the order, and the dtypes where it has any.
-        weights: "latent" gives the master weights, "quantized" what the weight quantizers make of them (from a module
-            only).
+        weights: "latent" gives the master weights, "quantized" what the weight quantizers make of them (of a module,
+            or of what :func:`qat_compat.save_checkpoint` wrote of one that torchao prepared).
         select: Which of several sets of weights in the file.
 
     Returns:
@@ -70,7 +71,7 @@ def to_float(
     opened = open_any(source, select=select)
     opened = _decoded(opened)
     opened, layout = _layout_of(opened, like) if like is not None else (opened, _own_layout(opened))
-    read = _reader(opened, weights)
+    read = reader(opened, weights)
     specs: dict[str, Spec] = {}
     for name, key in layout.names.items():
         if key is None:
@@ -96,6 +97,7 @@ def to_float(
         key = layout.names[name]
         return opened.extent(key) if key is not None and specs[name] == opened.spec(key) else None
 
+    check_ties(opened, layout.names, layout.ties, fetch, weights)
     result = Checkpoint(
         specs,
         fetch,
@@ -123,12 +125,14 @@ class _Layout:
         dtypes: Float name -> dtype, where `like` has one.
         kept: Where counters that the source does not hold come from.
         notes: What was decided on the way.
+        ties: Float name -> every float name of the same tensor, where `like` has one tensor under several.
     """
 
     names: Mapping[str, str | None]
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     kept: Checkpoint | None = None
     notes: tuple[str, ...] = ()
+    ties: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def _own_layout(source: Source) -> _Layout:
@@ -242,16 +246,10 @@ def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
     only_names = any(entry.shape == UNKNOWN for entry in side.schema.values())
     notes = tuple(f"{key} is not in the source: taken from like=, or 0" for key in shorten(collapse(absent), 4))
     notes += captured
-    computed = source.schema.recipes
-    for name, tied in _ties(side.checkpoint).items():
-        others = [other for other in tied if other > name and names.get(other) != names.get(name)]
-        if others and any(names.get(one) in computed for one in (name, *others)):
-            notes += (
-                f"{name} and {others[0]} are one tensor in like=, and two values in the source: one of them is lost",
-            )
     if only_names:
         return source, _Layout(names, notes=notes)
-    return source, _Layout(names, {key: side.schema[key].dtype for key in names}, side.checkpoint, notes)
+    dtypes = {key: side.schema[key].dtype for key in names}
+    return source, _Layout(names, dtypes, side.checkpoint, notes, _ties(side.checkpoint))
 
 
 def _ties(checkpoint: Checkpoint) -> dict[str, list[str]]:
@@ -296,31 +294,3 @@ def _unknown_entry(key: str) -> Entry:
     shape = () if split_path(key)[1] == "num_batches_tracked" else UNKNOWN
     entry = plain_entry(key, Spec(shape, torch.float32))
     return replace(entry, shape=UNKNOWN) if entry.role is Role.PARAMETER else entry
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def _reader(source: Source, weights: str) -> Callable[[str], Tensor]:
-    if weights == "latent":
-        return source.read
-    if weights != "quantized":
-        raise CompatError("unknown option", key="weights", expected="'latent' or 'quantized'", found=repr(weights))
-    if source.description is None:
-        raise CompatError(
-            "what a quantizer sees cannot be computed from tensors alone: the file does not hold its bit width",
-            file=source.checkpoint.name,
-            key="weights",
-            remedy="load the file into the prepared model, and pass the model",
-        )
-    quantized = quantized_weights(source)
-    return lambda key: quantized[key]() if key in quantized else source.checkpoint[key]
-
-
-def quantized_weights(source: Source) -> Mapping[str, Callable[[], Tensor]]:
-    """Parameter key -> what its weight quantizer makes of it, in the units of the parameter itself."""
-    assert source.description is not None
-    found: dict[str, Callable[[], Tensor]] = {}
-    for quantizer in source.description.quantizers:
-        found.update(quantizer.quantized_parameters())
-    return found

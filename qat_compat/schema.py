@@ -14,11 +14,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "Entry", "Fused", "Integers", "Recipe", "Role", "Rounding", "Schema", "Spec", "Stage"]
+__all__ = [
+    "UNKNOWN",
+    "UNROUNDED",
+    "Entry",
+    "Fused",
+    "Integers",
+    "Recipe",
+    "Role",
+    "Rounding",
+    "Schema",
+    "Spec",
+    "Stage",
+]
 
 
 UNKNOWN = (-1,)
 """The shape of a tensor of which only the name is known."""
+
+UNROUNDED = "what its own quantizers make of it"
+"""Of a weight that a prepared model does not round to integers that are known."""
 
 
 class Spec(NamedTuple):
@@ -213,7 +228,7 @@ class Schema(Mapping[str, Entry]):
         recipes: Key -> how its tensor is computed; such a key stands for a tensor that the checkpoint holds in
             another form.
         grids: Quantizer name -> the grid of its integers (`-128..127 symmetric`), where that is known.
-        roundings: Key of a weight -> the integers that it was rounded to.
+        roundings: Key of a weight -> the integers that it is rounded to, or what it is instead.
         unreadable: Name of a tensor -> why no recipe gives it, where a framework knows.
         folds: Whether its conversion folds normalizations into the layers before them.
         doubtful: Keys whose tensors may be out of use, which only the model that wrote them tells.
@@ -228,7 +243,7 @@ class Schema(Mapping[str, Entry]):
     recorded: bool = False
     recipes: Mapping[str, Recipe] = field(default_factory=dict, repr=False)
     grids: Mapping[str, str] = field(default_factory=dict, repr=False)
-    roundings: Mapping[str, Rounding] = field(default_factory=dict, repr=False)
+    roundings: Mapping[str, Rounding | str] = field(default_factory=dict, repr=False)
     unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
     folds: bool = False
     doubtful: frozenset[str] = frozenset()

@@ -38,6 +38,9 @@ class Source:
         recipe = self.schema.recipes.get(key)
         if recipe is not None:
             return self.computed(key, recipe.sources, recipe.compute)
+        return self._held(key)
+
+    def _held(self, key: str) -> Tensor:
         if key in self.checkpoint:
             return self.checkpoint[key]
         beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
@@ -50,7 +53,7 @@ class Source:
         Raises:
             CheckpointError: They do not fit together, or one of them cannot be read.
         """
-        tensors = [self.checkpoint[name] for name in sources]
+        tensors = [self._held(name) for name in sources]
         try:
             with torch.no_grad():
                 return compute(*tensors)
@@ -59,15 +62,17 @@ class Source:
                 "the tensors that a weight is computed from do not fit together",
                 file=self.checkpoint.name,
                 key=key,
-                expected=", ".join(f"{name} {self.checkpoint.spec(name)}" for name in sources) + " of one layer",
+                expected=", ".join(f"{name} {self._spec(name)}" for name in sources) + " of one layer",
                 found=f"{type(error).__name__}: {error}",
                 remedy="get a fresh copy of the file, or convert the model again",
             ) from error
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""
-        held = key in self.checkpoint and key not in self.schema.recipes
-        return self.checkpoint.spec(key) if held else self.schema[key].spec
+        return self.schema[key].spec if key in self.schema.recipes else self._spec(key)
+
+    def _spec(self, key: str) -> Spec:
+        return self.checkpoint.spec(key) if key in self.checkpoint else self.schema[key].spec
 
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor; None where that is not known."""
@@ -203,7 +208,8 @@ def _from_module(model: nn.Module) -> Source:
     alias = {key: memory_of(value) for key, value in tensors.items()}.get
     if description.framework is None and (by_keys := describe_keys(KeyView(specs))).framework != schema.framework:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
-    record = {"framework": schema.framework, "stage": schema.stage.value}
+    told = description.framework.record(description.view) if description.framework is not None else {}
+    record = {"framework": schema.framework, "stage": schema.stage.value, **told}
     checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, record=record, alias=alias)
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, _with_encodings(schema, description.quantizers), description)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat.casting import cast_loss, is_widening
+from qat_compat.casting import cast_loss, is_widening, same_values
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Description, Quantizer, Reduction
 from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors
@@ -216,7 +216,7 @@ class _Stager:
     def _compare(self, key: str, slot: Slot, source: str) -> None:
         """Names that the model ties must have one value in the source."""
         first = self.origin[slot.key]
-        if first == source or _equal(self._read(first), self._read(source)):
+        if first == source or same_values(self._read(first), self._read(source)):
             return
         detail = f"{first} and {source} differ, and the model ties {' and '.join(slot.keys[:2])}"
         self.problems.append(Problem(ProblemKind.MISMATCHED, key, detail, f"drop={source!r} keeps the other one"))
@@ -266,12 +266,3 @@ class _Stager:
                 remedy="save a dense, dequantized tensor under this name, or drop= it",
             )
         return value
-
-
-def _equal(left: Tensor, right: Tensor) -> bool:
-    """Bit for bit, so that NaN equals itself."""
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    if left.is_floating_point():
-        return bool(((left == right) | ((left != left) & (right != right))).all())
-    return torch.equal(left, right)

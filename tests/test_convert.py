@@ -154,6 +154,40 @@ def test_a_trained_model_decompresses_to_what_training_saw(name: str, tmp_path: 
     assert_same(qc.to_float(model), latent)
 
 
+@pytest.mark.parametrize("name", [*TRAINED, "static int4"])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_saved_model_is_written_as_the_model_itself(name: str, suffix: str, tmp_path: Path) -> None:
+    """Byte for byte: the file holds what its quantizers are, and where these hold ranges, those."""
+    static = QATConfig(weight_config=weights(4, 32, is_dynamic=False), step="prepare")
+    model = TRAINED[name]() if name in TRAINED else trained(static)()
+    live = qc.convert_checkpoint(model, "compressed-tensors", tmp_path / "live")
+    saved = qc.save_checkpoint(model, tmp_path / f"qat.{suffix}")
+    again = qc.save_checkpoint(qc.open_checkpoint(saved), tmp_path / f"again.{suffix}")
+    for source in (saved, again):
+        folder = qc.convert_checkpoint(source, "compressed-tensors", tmp_path / source.stem)
+        for path in live.iterdir():
+            assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    quantized = dict(qc.to_float(model, weights="quantized"))
+    assert_same(decompressed(live, model.norm.weight.dtype), quantized)
+    assert_same(qc.to_float(saved, weights="quantized"), quantized)
+    resumed = net(model.norm.weight.dtype)
+    resumed.load_state_dict(dict(qc.to_float(saved)), strict=True)
+    assert_same(resumed.state_dict(), qc.to_float(model))
+
+
+def test_a_saved_model_is_refused_as_the_model_itself(tmp_path: Path) -> None:
+    config = QATConfig(ao.Float8DynamicActivationFloat8WeightConfig(), step="prepare")
+    for index, make in enumerate(
+        [trained(QATConfig(activation_config=per_token(False), step="prepare")), trained(config)]
+    ):
+        found = []
+        for source in (make(), qc.save_checkpoint(make(), tmp_path / f"{index}.pt")):
+            with pytest.raises(qc.PlanError, match=r"down\.weight: it is what its own quantizers make of it") as caught:
+                qc.convert_checkpoint(source, "compressed-tensors", tmp_path / "out")
+            found.append(caught.value.problems)
+        assert found[0] == found[1]
+
+
 def test_the_configuration_says_what_training_did(tmp_path: Path) -> None:
     folder = qc.convert_checkpoint(TRAINED["int8 with inputs"](), "compressed-tensors", tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -269,6 +303,18 @@ def test_what_cannot_be_written_exactly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(qc.SaveError, match="is a safetensors file"):
         qc.convert_checkpoint(model, "torchao", tmp_path / "out.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_beside_a_file_is_kept(tmp_path: Path) -> None:
+    model = TRAINED["int4 groups"]()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"architectures": ["Net"]}')
+    saved = qc.save_checkpoint(model, tmp_path / "model" / "model.safetensors")
+    folder = qc.convert_checkpoint(saved, "compressed-tensors", tmp_path / "out")
+    found = json.loads((folder / "config.json").read_text())
+    assert found.pop("architectures") == ["Net"]
+    live = qc.convert_checkpoint(model, "compressed-tensors", tmp_path / "live")
+    assert json.loads((live / "config.json").read_text()) == found
 
 
 def test_all_or_nothing(tmp_path: Path) -> None:

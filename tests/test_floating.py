@@ -12,6 +12,8 @@ import torch
 from flows import prepare_for
 from test_apply import prepared, untouched
 from torch import Tensor, nn
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.qat import QATConfig
 from zoo import ARCHS
 
 import qat_compat as qc
@@ -208,6 +210,54 @@ def test_quantized_weights_need_the_model(tmp_path: Path) -> None:
     assert caught.value.remedy == "load the file into the prepared model, and pass the model"
     with pytest.raises(qc.CompatError, match="unknown option"):
         qc.to_float(state, weights="int8", like=ARCHS["plain"].make())  # type: ignore[arg-type]
+
+
+class Tied(nn.Module):
+    """An embedding and a head, of one tensor where `tie` is set."""
+
+    def __init__(self, tie: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 64)
+        self.head = nn.Linear(64, 20, bias=False)
+        if tie:
+            self.head.weight = self.embed.weight
+
+
+def test_one_tensor_of_like_has_one_value(tmp_path: Path) -> None:
+    model = Tied()
+    untied = {key: value.clone() for key, value in model.state_dict().items()}
+    untied["head.weight"] = untied["head.weight"] + 1
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4))  # the head only, as torchao does by itself
+    torch.save(model.state_dict(), tmp_path / "int4.pt")
+    origins = {"as it is held": untied, "IntxUnpackedToInt8Tensor dequantized": tmp_path / "int4.pt"}
+    for origin, source in origins.items():
+        with pytest.raises(qc.PlanError) as caught:
+            qc.to_float(source, like=Tied())
+        (problem,) = caught.value.problems
+        assert (problem.kind.value, problem.key) == ("mismatched", "head.weight")
+        start = "embed.weight and head.weight are one tensor in like=, so one value is expected; the source has two: "
+        assert problem.detail.startswith(start) and problem.detail.endswith(origin)
+        assert "tie_word_embeddings=False" in problem.remedy
+        for like in (None, Tied(tie=False), list(untied)):
+            assert not torch.equal(*qc.to_float(source, like=like).values())
+
+
+def test_equal_values_are_one_tensor_of_like() -> None:
+    model = Tied()
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int8), filter_fn=lambda m, _: hasattr(m, "weight"))
+    copies = {key: value.clone() for key, value in Tied().state_dict().items()}
+    for source in (model, copies):
+        back = qc.to_float(source, like=Tied())
+        assert torch.equal(back["embed.weight"], back["head.weight"])
+        assert torch.equal(back["embed.weight"], qc.to_float(source)["embed.weight"])
+
+
+def test_quantizers_make_a_second_value_of_a_tied_tensor() -> None:
+    model = Tied()
+    quantize_(model, QATConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4), step="prepare"))
+    assert torch.equal(*qc.to_float(model, like=Tied()).values())
+    with pytest.raises(qc.PlanError, match="the source has two"):
+        qc.to_float(model, like=Tied(), weights="quantized")
 
 
 def test_reading_back_is_lazy_and_leaves_the_model_untouched() -> None:

@@ -13,7 +13,6 @@ What is known here, and what it rests on (torchao 0.18):
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -21,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat import packing
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
-from qat_compat.schema import Entry, Integers, Role, Rounding, Schema, Spec, Stage
+from qat_compat.frameworks.torchao_grids import as_json, rebuilt, rounding
+from qat_compat.schema import UNROUNDED, Entry, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
 
 __all__ = ["TorchAOQAT"]
 
 _WEIGHT = "weight_fake_quantizer"
 _ACTIVATION = "activation_fake_quantizer"
+_RECORD = "fake_quantizers"  # quantizer -> its config, in the record of a file
 _LEAVES: Mapping[str, Role] = {"scale": Role.SCALE, "zero_point": Role.ZERO_POINT}
 
 
@@ -129,36 +129,14 @@ class IntxQuantizer(Quantizer):
                 setattr(module, name, old)
 
     def roundings(self) -> Mapping[str, Rounding]:
-        config: Any = getattr(self.module, "config", None)
-        bits = re.fullmatch(r"torch\.int([1-8])", str(getattr(config, "dtype", "")))
-        if not self._is_weight or bits is None:
+        config = getattr(self.module, "config", None)
+        if not self._is_weight or config is None:
             return {}
-        inputs = _inputs(getattr(self._host, _ACTIVATION, None))
-        weight = _weight_of(self._host)
-        group = weight.shape[-1] if type(config.granularity).__name__ == "PerAxis" else config.granularity.group_size
-        scale = config.scale_precision or weight.dtype
-        compute = partial(self._integers, int(bits[1]), scale)
-        grid = Rounding(int(bits[1]), group, scale, inputs, config.is_symmetric, (), compute)
-        return {join_path(self._host_path, "weight"): grid}
-
-    def _integers(self, bits: int, dtype: torch.dtype) -> Integers:
-        value, scale, zero_point = self._seen()
-        config: Any = self.module.config
-        rows = value.shape[0]
-        scale = scale.detach().reshape(rows, -1).to(dtype)
-        zero = None if config.is_symmetric else zero_point.detach().round().to(torch.int8).reshape(rows, -1)
-        steps = value.reshape(*scale.shape, -1).float() / scale.unsqueeze(-1).float()
-        steps = steps if zero is None else steps + zero.unsqueeze(-1)
-        limit = 1 << (bits - 1)
-        integers = steps.round().clamp(-limit, limit - 1).to(torch.int8).reshape(value.shape)
-        if not torch.equal(packing.dequantize(integers, scale, zero).to(value.dtype), value):
-            raise QParamError(
-                "what the quantizer makes of the weight is not an integer times a scale",
-                key=self.name,
-                expected=f"{bits}-bit integers, their scales and zero points",
-                remedy="take it as float: to_float(model, weights='quantized')",
-            )
-        return Integers(integers, scale, zero)
+        inputs = getattr(getattr(self._host, _ACTIVATION, None), "config", None)
+        key, weight = join_path(self._host_path, "weight"), _weight_of(self._host)
+        spec = Spec(tuple(weight.shape), weight.dtype)
+        found = rounding(key, as_json(config), None if inputs is None else as_json(inputs), spec, (), self._seen)
+        return {} if found is None else {key: found}
 
     def grid(self) -> str:
         from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS
@@ -184,17 +162,6 @@ class IntxQuantizer(Quantizer):
         setattr(module, leaf, nn.Parameter(value) if self.learns and value.is_floating_point() else value)
         if leaf == "scale" and module.zero_point is None:
             module.zero_point = torch.zeros_like(value, dtype=module.config.zero_point_precision)
-
-
-def _inputs(quantizer: nn.Module | None) -> str:
-    """What becomes of the inputs, in the words of :class:`Rounding`."""
-    if quantizer is None:
-        return ""
-    config: Any = getattr(quantizer, "config", None)
-    per_token = type(getattr(config, "granularity", None)).__name__ in ("PerToken", "PerRow")
-    if getattr(config, "dtype", None) is torch.int8 and per_token and getattr(config, "is_dynamic", False):
-        return "symmetric" if config.is_symmetric else "asymmetric"
-    return "otherwise quantized"
 
 
 def _weight_of(host: nn.Module) -> Tensor:
@@ -243,8 +210,15 @@ class TorchAOQAT(Framework):
                 role = Role.CONSTANT  # always 0, and never saved
             yield key, Entry(quantizer.site, role, shape, dtype, quantizer.name, leaf, hidden=True)
 
+    def record(self, view: ModelView) -> Mapping[str, Any]:
+        """The config of each quantizer, on which its keys say nothing."""
+        found = {
+            q.name: as_json(config) for q in self.quantizers(view) if (config := getattr(q.module, "config", None))
+        }
+        return {_RECORD: found} if found else {}
+
     def owns_keys(self, view: KeyView) -> bool:
-        return any(_quantizer_of(key) is not None for key, _ in view.kinds)
+        return _RECORD in view.record or any(_quantizer_of(key) is not None for key, _ in view.kinds)
 
     def describe_keys(self, view: KeyView) -> Schema:
         entries: dict[str, Entry] = {}
@@ -257,7 +231,25 @@ class TorchAOQAT(Framework):
             site = f"{'weight' if name == _WEIGHT else 'input'}:{parent}"
             leaf = split_path(key)[1]
             entries[key] = Entry(site, _LEAVES[leaf], *spec, quantizer, leaf)
-        return Schema(entries, self.name, Stage.PREPARED)
+        return Schema(entries, self.name, Stage.PREPARED, roundings=_recorded_roundings(view))
+
+
+def _recorded_roundings(view: KeyView) -> dict[str, Rounding | str]:
+    """Weight -> its integers as the record of the file describes them, or why there are none."""
+    configs = view.record.get(_RECORD)
+    known = {str(name): one for name, one in configs.items() if isinstance(one, Mapping)} if configs else {}
+    found: dict[str, Rounding | str] = {}
+    for host in dict.fromkeys(split_path(name)[0] for name in known):
+        key, quantizer = join_path(host, "weight"), join_path(host, _WEIGHT)
+        if key not in view.specs:
+            continue
+        about = known.get(quantizer, {})
+        leaves = tuple(leaf for leaf in _LEAVES if join_path(quantizer, leaf) in view.specs)
+        sources = (key, *(join_path(quantizer, leaf) for leaf in leaves))
+        seen = partial(rebuilt, about, leaves)
+        one = rounding(key, about, known.get(join_path(host, _ACTIVATION)), view.specs[key], sources, seen)
+        found[key] = one or UNROUNDED
+    return found
 
 
 def _quantizer_of(key: str) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat_compat.errors import CheckpointError, CompatError, SaveError
 from qat_compat.isolation import paused_collector
-from qat_compat.storage import safetensors, torch_zip
+from qat_compat.storage import safetensors, torch_zip_writer
 from qat_compat.storage.atomic import write_atomically
 from qat_compat.storage.candidates import Weights, split_own, weights_of
 from qat_compat.storage.checkpoint import Checkpoint
@@ -90,6 +90,7 @@ def save(
     record: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
     header: Mapping[str, str] | None = None,
+    objects: Mapping[str, Any] | None = None,
     backup: bool = False,
 ) -> Path:
     """Write a state_dict, all or nothing: as safetensors if the name ends so, else as torch's own zip format.
@@ -113,6 +114,8 @@ def save(
         record: What is known of the keys, as JSON values; tensors may be under `record["hidden"]`.
         metadata: Training state to keep beside the weights. Tensors in it need a .pt file.
         header: Text for the header of a safetensors file, where a reader of another package looks for it.
+        objects: The state_dict in which torch has these tensors, some of them inside of other objects (packed
+            parameters, tensor subclasses): what a .pt file holds in their place.
         backup: Keep the file that is replaced, under a dated name.
 
     Returns:
@@ -127,8 +130,8 @@ def save(
             versions = tensors.versions
         if isinstance(tensors, Checkpoint) and tensors.attributes:
             record = {"attributes": tensors.attributes, **(record or {})}
-        contents = Contents.of(tensors, versions, record, metadata, header)
-        container = safetensors if path.suffix == ".safetensors" else torch_zip
+        contents = Contents.of(tensors, versions, record, metadata, header, objects)
+        container = safetensors if path.suffix == ".safetensors" else torch_zip_writer
         write_atomically(path, lambda stream: container.write(stream, contents), backup=backup)
     except SaveError as error:
         error.file = error.file or str(path)

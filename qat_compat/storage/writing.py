@@ -16,7 +16,7 @@ from qat_compat.storage.checkpoint import Checkpoint
 from qat_compat.storage.extent import Extent
 from qat_compat.storage.lazy import HeldTensor, LazyTensor
 
-__all__ = ["Contents", "as_memory", "plain_bytes"]
+__all__ = ["Contents", "as_memory", "check_tensor", "is_wrapper", "plain_bytes"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Contents:
         hidden: Tensors that belong to the record and are no keys of the state_dict.
         metadata: Training state; plain data and tensors.
         header: Text that a reader of another package looks for in the header of a safetensors file.
+        objects: The state_dict as torch itself would write it, where tensors are inside of other objects.
     """
 
     source: Mapping[str, Tensor]
@@ -38,6 +39,7 @@ class Contents:
     hidden: Mapping[str, Tensor] | None
     metadata: Mapping[str, Any]
     header: Mapping[str, str] = field(default_factory=dict)
+    objects: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Contents:
         record: Mapping[str, Any] | None,
         metadata: Mapping[str, Any] | None,
         header: Mapping[str, str] | None = None,
+        objects: Mapping[str, Any] | None = None,
     ) -> Contents:
         """Check everything that can be checked before the first byte is written.
 
@@ -66,6 +69,7 @@ class Contents:
             hidden,
             _plain_values(dict(metadata or {}), "metadata"),
             dict(header or {}),
+            objects,
         )
         if not isinstance(
             tensors, Checkpoint
@@ -155,7 +159,7 @@ def check_tensor(key: str, value: object) -> None:
         raise _unsupported(repr(key), key, "a string as key")
     if not isinstance(value, Tensor):
         raise _unsupported(key, value, "a tensor")
-    if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and _is_wrapper(value):
+    if type(value) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and is_wrapper(value):
         raise _unsupported(key, value, "a plain tensor")
     if value.layout is not torch.strided or value.is_nested:
         raise SaveError(
@@ -175,7 +179,8 @@ def check_tensor(key: str, value: object) -> None:
         )
 
 
-def _is_wrapper(value: Tensor) -> bool:
+def is_wrapper(value: Tensor) -> bool:
+    """Whether the tensor is a subclass that computes otherwise than on bytes of its own."""
     return (
         hasattr(type(value), "__torch_dispatch__") and type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
     )

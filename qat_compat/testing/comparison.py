@@ -126,7 +126,9 @@ def _difference(actual: Any, expected: Any) -> str:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Its bytes: NaN equals NaN, and -0.0 is not 0.0."""
+    """Its bytes: NaN equals NaN, and -0.0 is not 0.0. Of a quantized tensor, those of integers and values."""
+    if tensor.is_quantized:  # torch crashes on a view of one as another dtype
+        return torch.cat([_bits(part).view(tensor.numel(), -1) for part in (tensor.int_repr(), tensor.dequantize())], 1)
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 

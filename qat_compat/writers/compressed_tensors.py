@@ -122,11 +122,12 @@ def _scheme(layer: Layer) -> dict[str, Any]:
 
 
 def _config_of(job: Job) -> dict[str, Any]:
-    """The rest of the `config.json`: of the model itself, or of the folder that is read."""
+    """The rest of the `config.json`: of the model itself, or beside the file that is read."""
     description = job.source.description
     if description is not None:
         config: Any = getattr(description.view.model, "config", None)
         return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
-    path = Path(job.source.checkpoint.name) / "config.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
+    place = Path(job.source.checkpoint.name)
+    path = (place if place.is_dir() else place.parent) / "config.json"
+    found = json.loads(path.read_text()) if place.exists() and path.is_file() else {}
     return dict(found) if isinstance(found, dict) else {}

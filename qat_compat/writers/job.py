@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
-from qat_compat.schema import Integers, Rounding, Stage
+from qat_compat.schema import UNROUNDED, Integers, Rounding, Stage
 from qat_compat.source import Source
 from qat_compat.state import join_path
 from qat_compat.storage import Checkpoint
@@ -71,38 +71,40 @@ class Job:
             PlanError: A weight is rounded to something else than integers of one scale per group, or the source does
                 not tell.
         """
-        schema, problems = self.source.schema, []
-        grids, quantized = self._grids()
-        for key in quantized:
-            if key not in grids:
-                how = schema.recipes[key].how if key in schema.recipes else "what its own quantizers make of it"
-                detail = f"it is {how}, for which {self.target} has no exact form here"
+        problems: list[Problem] = []
+        grids = self._grids()
+        for key, grid in grids.items():
+            if isinstance(grid, str):
+                detail = f"it is {grid}, for which {self.target} has no exact form here"
                 problems.append(Problem(ProblemKind.LOSSY, key, detail, "write it as float"))
-            elif grids[key].inputs not in _INPUTS:
-                detail = (
-                    f"the inputs of its layer are quantized in another way ({grids[key].inputs}) than anew per token"
-                )
+            elif grid.inputs not in _INPUTS:
+                detail = f"the inputs of its layer are quantized in another way ({grid.inputs}) than anew per token"
                 problems.append(Problem(ProblemKind.LOSSY, key, detail, "write it as float"))
-        if not quantized:
+        if not grids:
             detail = "nothing says to which integers its weights are rounded"
-            remedy = "pass the prepared module with its quantizers, or a converted checkpoint"
+            remedy = "pass the prepared module, a file of it by save_checkpoint, or a converted checkpoint"
             problems.append(Problem(ProblemKind.MISSING, self.source.checkpoint.name, detail, remedy))
         if problems:
             summary = f"{self.target} cannot hold this source exactly"
             raise PlanError(problems, file=self.source.checkpoint.name, summary=summary)
-        found = (self._layer(schema[key].site, grid) for key, grid in grids.items())
+        schema = self.source.schema
+        found = (self._layer(schema[key].site, grid) for key, grid in grids.items() if isinstance(grid, Rounding))
         return {layer.name: layer for layer in found}
 
-    def _grids(self) -> tuple[Mapping[str, Rounding], list[str]]:
-        """The grids, and every weight that ought to have one."""
+    def _grids(self) -> Mapping[str, Rounding | str]:
+        """Key of every weight that is not float -> the integers behind it, or what it is instead."""
         schema, description = self.source.schema, self.source.description
         if description is None:
-            return schema.roundings, list(schema.recipes) if schema.stage is Stage.CONVERTED else []
-        grids = {key: grid for quantizer in description.quantizers for key, grid in quantizer.roundings().items()}
-        weights = [key for quantizer in description.quantizers for key in quantizer.quantized_parameters()]
-        hosts = {quantizer.site.partition(":")[2] for quantizer in description.quantizers}
-        alone = [key for key in (join_path(host, "weight") for host in sorted(hosts)) if key not in weights]
-        return grids, weights + alone
+            decoded = schema.recipes if schema.stage is Stage.CONVERTED else {}
+            return {key: recipe.how for key, recipe in decoded.items()} | dict(schema.roundings)
+        found: dict[str, Rounding | str] = {}
+        for quantizer in description.quantizers:
+            host = join_path(quantizer.site.partition(":")[2], "weight")
+            for key in (host, *quantizer.quantized_parameters()):
+                if key in schema:
+                    found.setdefault(key, UNROUNDED)
+            found |= quantizer.roundings()
+        return found
 
     def _layer(self, name: str, grid: Rounding) -> Layer:
         shape, dtype = self.floats.spec(name)

@@ -30,6 +30,7 @@ from torchao.quantization.quant_primitives import (
 
 import qat_compat as qc
 from qat_compat.source import open_any
+from qat_compat.testing import assert_same_state
 
 BF16 = torch.bfloat16
 
@@ -211,3 +212,27 @@ def test_what_cannot_be_computed_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "wrong.safetensors", metadata=about)
     with pytest.raises(qc.CheckpointError, match="do not fit together"):
         qc.to_float(tmp_path / "wrong.safetensors")["b.weight"]
+
+
+@pytest.mark.parametrize("name", ["int8 rows", "intx asymmetric", "trained intx dynamic"])
+def test_torch_itself_loads_what_is_saved(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    path = qc.save_checkpoint(model, tmp_path / "int.pt")
+    state = torch.load(path, weights_only=True)
+    assert type(state["0.weight"]) is type(model[0].weight.detach())
+    fresh = MODELS[name]()
+    fresh.load_state_dict(state, strict=True)
+    batch = torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(fresh(batch), model(batch))
+    assert_same_state(dict(qc.to_float(path)), dict(qc.to_float(model)))
+
+
+def test_an_object_that_has_no_form_in_a_file_is_refused(tmp_path: Path) -> None:
+    model = MODELS["int8 rows"]()
+    path = qc.save_checkpoint(model, tmp_path / "int.pt")
+    before = path.read_bytes()
+    model[0].weight.act_quant_kwargs = lambda: None
+    with pytest.raises(qc.SaveError, match="could not be written"):
+        qc.save_checkpoint(model, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

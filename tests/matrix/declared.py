@@ -55,7 +55,10 @@ REFUSED = {
 # Brevitas' own LSTM has other names, too, and quantizers in its cells.
 # One scale of a whole weight (pt2e-sharing/converted) is a literal of the graph that `convert_pt2e` makes, and in no
 # state_dict: https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/pt2e/convert.py
+# Integers of a head that was tied to a float embedding are a second value of the one tensor that `like=` has.
+_TWO_VALUES = dict.fromkeys(("eager-*/converted", "fx-*/converted", "torchao-*/converted"), "are one tensor in like=")
 UNSUPPORTED = {
+    **dict.fromkeys(("decoder", "llama", "t5", "whisper"), _TWO_VALUES),
     "lstm": {
         "modelopt-*/load": "quantizers never ran",
         "modelopt-*/resume": "no range for 4 activation quantizers",
@@ -63,7 +66,11 @@ UNSUPPORTED = {
         "brevitas/resume": r"graph:lstm\.layers",
         "brevitas/back": r"lstm\.bias_hh",
     },
-    "gpt2": {"modelopt-*/load": r"expected float32\[96, 32\]", "modelopt-*/back": r"expected float32\[32, 96\]"},
+    "gpt2": {
+        **_TWO_VALUES,
+        "modelopt-*/load": r"expected float32\[96, 32\]",
+        "modelopt-*/back": r"expected float32\[32, 96\]",
+    },
 }
 # Glob over `model/flow/direction/container/granularity/dtype/device` -> what is wrong here. Each is a defect of ours:
 # its failed cells are shown as such in the report, and do not stop the tests. What is mended is taken off this list.

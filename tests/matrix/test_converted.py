@@ -153,6 +153,20 @@ def assert_weights_of(integers: nn.Module, floats: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("flow", ["eager-x86", "fx-x86", "pt2e-x86"])
+def test_torch_itself_loads_what_is_saved(flow: str, tmp_path: Path) -> None:
+    """Packed parameters are in the file as torch packs them."""
+    first, second = (converted(flow, trained(flow, "plain")) for _ in range(2))
+    for tensor in second.state_dict().values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor.data.zero_()
+    path = qc.save_checkpoint(first, tmp_path / "int8.pt")
+    torch.save(first.state_dict(), tmp_path / "native.pt")
+    second.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    for source in (second, path):
+        assert_same_state(dict(qc.open_checkpoint(source)), dict(qc.open_checkpoint(tmp_path / "native.pt")))
+
+
+@pytest.mark.parametrize("flow", ["eager-x86", "fx-x86", "pt2e-x86"])
 def test_without_a_layout_the_folded_names_are_kept_and_said(flow: str, tmp_path: Path) -> None:
     back = qc.to_float(converted(flow, trained(flow, "plain")))
     assert list(back) == [f"{name}.{leaf}" for name in ("conv1", "conv2", "fc") for leaf in ("weight", "bias")]

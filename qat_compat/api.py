@@ -20,6 +20,7 @@ from qat_compat.calibration import Calibration, calibrate, fingerprint
 from qat_compat.convert import convert_checkpoint
 from qat_compat.draft import Goal
 from qat_compat.driving import Data, Inputs
+from qat_compat.encodings import form_to_record
 from qat_compat.errors import CalibrationError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.floating import float_names, to_float
@@ -42,7 +43,7 @@ from qat_compat.plan import Keep, Plan, Synthesize
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
 from qat_compat.schema import Role, Schema, Stage
-from qat_compat.source import Source, SourceLike, hidden_state, open_any
+from qat_compat.source import Source, SourceLike, forms_of, hidden_state, open_any
 from qat_compat.staging import Reading
 from qat_compat.storage import Checkpoint, save
 from qat_compat.text import collapse, counted, shorten
@@ -118,6 +119,7 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
         **about.record,
         "sites": _float_sites(source) | {k: e.site for k, e in source.schema.items() if e.quantizer},
         **({"grids": dict(source.schema.grids)} if source.schema.grids else {}),
+        **({"encodings": encodings} if (encodings := _encodings(source.description)) else {}),
         **({"aliases": aliases} if (aliases := _aliases(source.description)) else {}),
         **({"hidden": hidden} if hidden else {}),
         **({"extra_state": extra} if extra else {}),
@@ -126,6 +128,11 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
     assert isinstance(obj, nn.Module)
     versions = getattr(obj.state_dict(), "_metadata", None)
     return save(tensors, path, versions=versions, record=record, backup=backup)
+
+
+def _encodings(description: Description) -> dict[str, Any]:
+    """Quantizer name -> how it writes its range down, which its tensors do not tell."""
+    return {name: form_to_record(form) for name, form in forms_of(description).items()}
 
 
 def _aliases(description: Description) -> dict[str, str]:

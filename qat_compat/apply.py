@@ -17,7 +17,7 @@ from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.isolation import preserved_random_state
-from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
+from qat_compat.plan import Copy, Derive, How, Plan, Step, Synthesize
 from qat_compat.schema import Role
 from qat_compat.staging import Reading, Staged, stage
 from qat_compat.state import Slot, split_path
@@ -108,12 +108,17 @@ def _adopt(plan: Plan, description: Description) -> None:
     """Tell the quantizers which of their tensors hold what a checkpoint held."""
     leaves: dict[str, list[str]] = {}
     for step in plan.steps:
-        if isinstance(step, Copy) or (isinstance(step, Synthesize) and step.how is How.RECORD):
+        if _is_taken(step) or (isinstance(step, Synthesize) and step.how is How.RECORD):
             entry = description.schema[step.key]
             leaves.setdefault(entry.quantizer, []).append(entry.leaf)
     for quantizer in description.quantizers:
         if quantizer.name in leaves:
             quantizer.adopt(leaves[quantizer.name])
+
+
+def _is_taken(step: Step) -> bool:
+    """Whether its value is the source's, in whatever terms."""
+    return isinstance(step, Copy) or (isinstance(step, Derive) and step.is_read)
 
 
 def _set_hidden(description: Description, staged: Staged) -> None:
@@ -141,7 +146,7 @@ def _chosen(plan: Plan, description: Description) -> _Chosen:
     for step in plan.steps:
         if isinstance(step, Synthesize):
             how[step.quantizer] = step.how
-        elif isinstance(step, Derive) and not step.value:
+        elif isinstance(step, Derive) and not step.is_read:
             entry = description.schema[step.key]
             (spanned if entry.role in (Role.MIN, Role.MAX) else settled).add(entry.quantizer)
     every = description.quantizers
@@ -182,7 +187,7 @@ def _written(plan: Plan, description: Description) -> set[str]:
     keys = {
         s.key
         for s in plan.steps
-        if (isinstance(s, Derive) and not s.value) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
+        if (isinstance(s, Derive) and not s.is_read) or (isinstance(s, Synthesize) and s.how is not How.RECORD)
     }
     written = {slots[key].key for key in keys if key in slots}
     schema = description.schema
@@ -246,11 +251,11 @@ def _stale(plan: Plan, description: Description) -> list[str]:
         return []
     schema = description.schema
     ranges = (Role.MIN, Role.AMAX)
-    copied = {schema[s.key].quantizer for s in plan.steps if isinstance(s, Copy) and schema[s.key].role in ranges}
+    taken = {schema[s.key].quantizer for s in plan.steps if _is_taken(s) and schema[s.key].role in ranges}
     findings: list[str] = []
     problems: list[Problem] = []
     for quantizer in description.quantizers:
-        factor = quantizer.drift() if quantizer.name in copied else None
+        factor = quantizer.drift() if quantizer.name in taken else None
         if factor is None or 1 / _DRIFT_NOTED < factor < _DRIFT_NOTED:
             continue
         detail = f"the weight reaches {factor:.3g} times the range that the source holds for it"

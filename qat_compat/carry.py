@@ -14,6 +14,7 @@ from qat_compat.norms import Match
 from qat_compat.origins import Origin, find_origins, key_of, spec_of
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
 from qat_compat.schema import Entry, Role, Spec
+from qat_compat.terms import parse_grid, same_integers, write_down
 
 __all__ = ["quantizer_entries"]
 
@@ -36,7 +37,10 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
 
 
 def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: Origin) -> bool:
-    """Whether the source's state has another number of scales than this quantizer must have."""
+    """Whether the source's state has another number of scales than this quantizer must have, or along another axis."""
+    theirs, mine = parse_grid(draft.source.grids.get(origin.name, "")), parse_grid(quantizer.grid())
+    if theirs is not None and mine is not None and theirs.along != mine.along:
+        return True
     expected = quantizer.channels()
     scale = spec_of(draft, origin, Role.SCALE)
     low = spec_of(draft, origin, Role.MIN) or spec_of(draft, origin, Role.AMAX)
@@ -69,7 +73,13 @@ def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Orig
     other_grid = theirs != mine if theirs and mine else (foreign or not same) and quantizer.needs is Needs.DATA
     keeps_range = any(draft.target[key].role is Role.MIN for key in keys)
     only_scale = not keeps_range and (theirs != mine if theirs and mine else not same)
-    if only_scale or (absent and (not same or _has_range(draft, origin))):
+    if not same and (form := quantizer.form()) is not None:
+        if why := write_down(draft, quantizer, form, keys, origin):
+            _drop(draft, origin, f"{why}: cannot be carried")
+            _synthesize(draft, quantizer, keys, why)
+        else:
+            _drop_rest(draft, origin)
+    elif only_scale or (absent and (not same or _has_range(draft, origin))):
         _translate(draft, quantizer, keys, origin)
     else:
         _carry_leaves(draft, keys, origin, derive=other_grid)
@@ -133,12 +143,7 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
         known.setdefault(Role.ZERO_POINT, origin.leaves["zero_point"])
     theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
     wanted = {draft.target[key].role for key in keys if draft.target[key].role.is_observed}
-    same_integers = (
-        bool(theirs and mine)
-        and theirs.split()[0] == mine.split()[0]
-        and not (theirs.endswith("affine") and mine.endswith("symmetric"))
-    )
-    if Role.SCALE in known and Role.ZERO_POINT in known and same_integers:
+    if Role.SCALE in known and Role.ZERO_POINT in known and same_integers(theirs, mine):
         direct, how = (Role.SCALE, Role.ZERO_POINT), "the range that scale and zero_point span"
     elif _has_range(draft, origin) and Role.MIN in wanted:
         direct, how = _RANGE, "from the range that the source holds"
@@ -147,7 +152,7 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
         if theirs and mine:
             why = f"the source has the grid {theirs}, not {mine}"
         elif not mine:
-            why = "its quantizers take no other framework's range"
+            why = quantizer.declines()
         _drop(draft, origin, f"{why}: cannot be carried")
         _synthesize(draft, quantizer, keys, why)
         return
@@ -167,6 +172,10 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
             draft.steps[key] = Derive(key, sources, how)
         else:
             draft.steps[key] = Keep(key, "a setting of the quantizer, not of the checkpoint")
+    _drop_rest(draft, origin)
+
+
+def _drop_rest(draft: Draft, origin: Origin) -> None:
     for key in origin.leaves.values():
         if key not in draft.used and key not in draft.source.recipes:
             draft.dropped[key] = Drop(key, "what it says is carried over in this quantizer's own terms")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CONVENTIONS", "Convention", "Encoding", "Grid"]
+__all__ = ["CONVENTIONS", "Convention", "Encoding", "Form", "Grid"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -60,13 +60,46 @@ class Convention(NamedTuple):
         tensors: Names of the tensors that it is written in.
         qparams: (those tensors, the grid) -> (scale, zero point), in the dtype and shape of the first tensor.
         source: Where the framework says so.
+        written: The inverse: (scale, zero point, the grid) -> those tensors; None where they cannot say every scale.
         is_magnitude: Whether its one tensor is the largest magnitude, which is a range whatever the grid is.
     """
 
     tensors: tuple[str, ...]
     qparams: Callable[[Tensors, Grid], tuple[Tensor, Tensor]]
     source: str
+    written: Callable[[Tensor, Tensor, Grid], Tensors] | None = None
     is_magnitude: bool = False
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether a zero point can be another than 0."""
+        return len(self.tensors) > 1
+
+
+class Form(NamedTuple):
+    """How a quantizer writes its range down, whatever the range is.
+
+    Example:
+        >>> import torch
+        >>> form = Form("modelopt.int", Grid(8), {"_amax": "_amax"})
+        >>> form.written(torch.tensor([0.5]), torch.tensor([0]))
+        {'_amax': tensor([63.5000])}
+
+    Args:
+        convention: Name of a row of :data:`CONVENTIONS`.
+        grid: The integers.
+        leaves: Name of a tensor of the convention -> the quantizer's own name for it.
+    """
+
+    convention: str
+    grid: Grid
+    leaves: Mapping[str, str]
+
+    def written(self, scale: Tensor, zero_point: Tensor) -> Tensors:
+        """The tensors, by their names in the convention, that mean this scale and zero point on this grid."""
+        written = CONVENTIONS[self.convention].written
+        assert written is not None, self.convention
+        return written(scale, zero_point, self.grid)
 
 
 class Encoding(NamedTuple):
@@ -85,9 +118,16 @@ def _symmetric(scale: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale)
 
 
+# --- each convention, and its inverse ---------------------------------------------------------------------------------
+
+
 def _amax(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     """The highest level is the largest magnitude, also where a level below its negative is used."""
     return _symmetric(tensors["_amax"] / grid.high)
+
+
+def _as_amax(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensors:
+    return {"_amax": scale * grid.high}
 
 
 def _amax_e4m3(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -102,15 +142,36 @@ def _nvfp4(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     return _symmetric(block.to(torch.float8_e4m3fn).to(second.dtype) * second)
 
 
+def _reach(grid: Grid) -> int:
+    """The level that a threshold stands for: the magnitude of the lowest of signed levels, the highest of others."""
+    return -grid.low if grid.signed else grid.high
+
+
 def _threshold(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A signed threshold is the magnitude of the lowest level, an unsigned one the highest level."""
-    return _symmetric(tensors["value"].abs() / (-grid.low if grid.signed else grid.high))
+    return _symmetric(tensors["value"].abs() / _reach(grid))
+
+
+def _as_threshold(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensors:
+    return {"value": scale * _reach(grid)}
 
 
 def _shifted_threshold(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     """With the magnitude of the lowest value beside it, which becomes the zero point."""
     scale, _ = _threshold(tensors, grid)
     return scale, (tensors["zero_point"].abs() / scale + grid.low).round().clamp(grid.low, grid.high)
+
+
+def _as_shifted_threshold(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensors:
+    return {"value": scale * _reach(grid), "zero_point": (zero_point - grid.low) * scale}
+
+
+def _log_threshold(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The base-2 logarithm of a threshold."""
+    return _symmetric(tensors["value"].exp2() / _reach(grid))
+
+
+def _as_log_threshold(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensors:
+    return {"value": (scale * _reach(grid)).log2()}
 
 
 def _log2_threshold(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -120,6 +181,10 @@ def _log2_threshold(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def _nncf_symmetric(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     return _symmetric((tensors["scale"].abs() + _NNCF_EPS) / grid.high)
+
+
+def _as_nncf_symmetric(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensors:
+    return {"scale": scale * grid.high - _NNCF_EPS}
 
 
 def _nncf_asymmetric(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -136,13 +201,25 @@ def _nncf_asymmetric(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round() + grid.low
 
 
+def _as_nncf_asymmetric(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensors:
+    """Zero is a level of such a range already, so that no end is moved."""
+    width = scale * (grid.high - grid.low)
+    return {"input_low": (grid.low - zero_point) * scale, "input_range": width - _NNCF_EPS}
+
+
 CONVENTIONS: Mapping[str, Convention] = {
-    "modelopt.int":     Convention(("_amax",), _amax, "TensorQuantizer.step_size, _tensor_quant; modelopt 0.47", True),
+    "modelopt.int":     Convention(("_amax",), _amax, "TensorQuantizer.step_size; modelopt 0.47", _as_amax, True),
     "modelopt.e4m3":    Convention(("_amax",), _amax_e4m3, "fp8_eager; modelopt 0.47"),
     "modelopt.nvfp4":   Convention(("_amax", "_global_amax"), _nvfp4, "NVFP4QTensor.quantize; modelopt 0.47"),
-    "brevitas.int":     Convention(("value",), _threshold, "RescalingIntQuant, IntScaling; brevitas 0.13.4"),
-    "brevitas.shifted": Convention(("value", "zero_point"), _shifted_threshold, "_ScaleShiftZeroPoint; brevitas"),
+    "brevitas.int":     Convention(("value",), _threshold, "RescalingIntQuant, IntScaling; brevitas 0.13.4",
+                                   _as_threshold, True),
+    "brevitas.shifted": Convention(("value", "zero_point"), _shifted_threshold, "_ScaleShiftZeroPoint; brevitas 0.13.4",
+                                   _as_shifted_threshold),
+    "brevitas.log":     Convention(("value",), _log_threshold, "LogFloatRestrictValue; brevitas 0.13.4",
+                                   _as_log_threshold),
     "brevitas.log2":    Convention(("value",), _log2_threshold, "PowerOfTwoRestrictValue; brevitas 0.13.4"),
-    "nncf.symmetric":   Convention(("scale",), _nncf_symmetric, "symmetric_quantize; nncf 3.4"),
-    "nncf.asymmetric":  Convention(("input_low", "input_range"), _nncf_asymmetric, "TuneRange; nncf 3.4"),
+    "nncf.symmetric":   Convention(("scale",), _nncf_symmetric, "symmetric_quantize; nncf 3.4",
+                                   _as_nncf_symmetric, True),
+    "nncf.asymmetric":  Convention(("input_low", "input_range"), _nncf_asymmetric, "TuneRange; nncf 3.4",
+                                   _as_nncf_asymmetric),
 }  # fmt: skip

@@ -31,8 +31,8 @@ class Origin:
 def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> list[tuple[Quantizer, Origin | None]]:
     """Each quantizer of the target with the source's state of it: by site, then by name.
 
-    Names that number quantizers mean something in one graph only, and sites of activations only where a system that
-    knew them wrote them down; the site of a weight is its module's name in every framework.
+    Names that number quantizers mean something in one graph only, and sites of outputs only where a system that knew
+    them wrote them down; the site of a weight, or of an input, is its module's name in every framework.
     """
     found: dict[str, Origin] = {}
     by_site: dict[str, list[str]] = {}
@@ -49,7 +49,8 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
     chosen: list[tuple[Quantizer, Origin | None]] = []
     for quantizer in quantizers:
         site = canonical_site(quantizer.site, match.target_prefix)
-        known = draft.source.recorded or (quantizer.needs is Needs.WEIGHTS and not same)
+        by_module = quantizer.needs is Needs.WEIGHTS or site.startswith("input:")
+        known = draft.source.recorded or (by_module and not same)
         known &= same or not site.startswith("node:")
         at_site = by_site.get(site, []) if known else []
         if len(at_site) == 1 and sites[site] == 1:

@@ -37,12 +37,27 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Derive:
-    """Computed from source tensors: by the recipe of the source's key `value`, or, without one, by the quantizer."""
+    """Computed from source tensors, by whichever of three is given.
+
+    Args:
+        key: Of the target.
+        sources: Keys of the checkpoint.
+        how: The computation in words.
+        value: Key of the source whose recipe gives it.
+        terms: Keys of the source that hold a scale and zero point, or the ends of a range; the target's quantizer
+            writes them down in its own way. With neither of the two, it works the value out of its other state.
+    """
 
     key: str
     sources: tuple[str, ...]
     how: str
     value: str = ""
+    terms: tuple[str, ...] = ()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the tensors of the source alone give it."""
+        return bool(self.value or self.terms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qat_compat.encodings import Encoded, encoded_entries, grid_text
+from qat_compat.conventions import Form
+from qat_compat.encodings import form_from_record, with_encodings
 from qat_compat.errors import CheckpointError, CompatError
-from qat_compat.frameworks import Description, KeyView, Quantizer, describe_keys, describe_model, with_sites
+from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
 from qat_compat.storage import Checkpoint, Extent, open_source
 from qat_compat.storage.dtensor import undistributed
 
-__all__ = ["Source", "SourceLike", "extra_state", "hidden_state", "open_any"]
+__all__ = ["Source", "SourceLike", "extra_state", "forms_of", "hidden_state", "open_any"]
 
 Made = TypeVar("Made")
 SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
@@ -172,6 +172,10 @@ def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:
     grids = record.get("grids")
     if isinstance(grids, Mapping):
         schema = replace(schema, grids={**schema.grids, **{str(name): str(grid) for name, grid in grids.items()}})
+    encodings = record.get("encodings")
+    if isinstance(encodings, Mapping):
+        forms = {str(name): form for name, held in encodings.items() if (form := form_from_record(held)) is not None}
+        schema = with_encodings(schema, forms)
     return schema
 
 
@@ -210,38 +214,11 @@ def _from_module(model: nn.Module) -> Source:
         schema = by_keys  # a framework of which only keys are known: its model is read as its state_dict would be
     told = description.framework.record(description.view) if description.framework is not None else {}
     record = {"framework": schema.framework, "stage": schema.stage.value, **told}
+    known = {entry.quantizer for key, entry in schema.items() if key in tensors}
+    held = {name: form for name, form in forms_of(description).items() if name in known}
     checkpoint = Checkpoint(specs, {**tensors, **extras}.__getitem__, name=name, record=record, alias=alias)
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
-    return Source(checkpoint, _with_encodings(schema, description.quantizers), description)
-
-
-def _with_encodings(schema: Schema, quantizers: Sequence[Quantizer]) -> Schema:
-    """With the ranges of quantizers in terms that other frameworks' quantizers can take."""
-    entries, recipes, grids = dict(schema.entries), dict(schema.recipes), dict(schema.grids)
-    for quantizer in quantizers:
-        encoding = quantizer.encoding()
-        keys = schema.by_quantizer().get(quantizer.name, [])
-        if encoding is None or not keys:
-            continue
-        first = next(iter(encoding.tensors.values()))
-        one = Encoded(
-            quantizer.name,
-            quantizer.site,
-            encoding.convention,
-            keys[:1],
-            partial(_held, encoding.tensors),
-            Spec(tuple(first.shape), first.dtype),
-            encoding.grid,
-        )
-        for key, (entry, recipe) in encoded_entries(one).items():
-            if key not in entries:
-                entries[key], recipes[key] = entry, recipe
-        grids[quantizer.name] = grid_text(one)
-    return replace(schema, entries=entries, recipes=recipes, grids=grids, _by_quantizer={}) if grids else schema
-
-
-def _held(tensors: Mapping[str, Tensor], *_read: Tensor) -> Mapping[str, Tensor]:
-    return tensors
+    return Source(checkpoint, with_encodings(schema, held), description)
 
 
 def _from_converted(description: Description) -> Source:
@@ -277,6 +254,11 @@ def _as_saved(description: Description, tensors: dict[str, Tensor]) -> Schema:
             saved = join_path(split_path(key)[0], split_path(entry.leaf)[1])
             entries[saved], tensors[saved] = entry, value
     return replace(description.schema, entries=entries, _by_quantizer={})
+
+
+def forms_of(description: Description) -> dict[str, Form]:
+    """Quantizer name -> how it writes its range down, where that can be told in other frameworks' terms."""
+    return {quantizer.name: form for quantizer in description.quantizers if (form := quantizer.form()) is not None}
 
 
 def hidden_state(description: Description) -> dict[str, Tensor]:

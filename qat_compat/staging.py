@@ -17,9 +17,10 @@ from qat_compat.names import canonical
 from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
 from qat_compat.ranges import RangeOver
 from qat_compat.schema import Role, Spec
-from qat_compat.source import Source
+from qat_compat.source import Source, forms_of
 from qat_compat.state import Slot, memory_of
 from qat_compat.storage import Extent, Read, read_all
+from qat_compat.terms import written
 
 __all__ = ["Reading", "Staged", "stage"]
 
@@ -95,6 +96,9 @@ def stage(plan: Plan, reading: Reading) -> Staged:
         elif isinstance(step, Derive) and step.value:
             stager.derive(step.key, step.value)
             reading.advance()
+        elif isinstance(step, Derive) and step.terms:
+            stager.write_down(step)
+            reading.advance()
         elif isinstance(step, Synthesize) and step.how is How.RECORD:
             value = reading.saved[canonical(step.key)]
             slot = slots.get(step.key)
@@ -134,6 +138,7 @@ class _Stager:
         self.origin: dict[str, str] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.streams: list[tuple[Slot, Spec, Extent]] = []
+        self.forms = forms_of(reading.description)
 
     def copy(self, key: str, source: str) -> None:
         """Take one tensor of the source for one key of the model."""
@@ -151,12 +156,27 @@ class _Stager:
                 self._take(key, slot, self._read(source))
 
     def derive(self, key: str, source: str) -> None:
-        """Take what a recipe of the source gives; a range may have another framework's shape, (C, 1, 1, 1) of (C,)."""
+        """Take what a recipe of the source gives."""
         slot = self.slots.get(key)
         if slot is None or not self.schema[key].role.is_observed:
             self.copy(key, source)
-            return
-        value = self._read(source)
+        else:
+            self._take_state(key, slot, self._read(source))
+
+    def write_down(self, step: Derive) -> None:
+        """Take a range of the source as the model's own quantizer writes it down."""
+        entry = self.schema[step.key]
+        form = self.forms[entry.quantizer]
+        name = next(name for name, leaf in form.leaves.items() if leaf == entry.leaf)
+        value = written(self.source.schema, form, {term: self._read(term) for term in step.terms})[name]
+        slot = self.slots.get(step.key)
+        if slot is None:
+            self.staged.hidden[step.key] = value
+        else:
+            self._take_state(step.key, slot, value)
+
+    def _take_state(self, key: str, slot: Slot, value: Tensor) -> None:
+        """Take a quantizer's state, which may have another framework's shape, (C, 1, 1, 1) of (C,)."""
         self._take(key, slot, value.reshape(slot.tensor.shape if value.numel() == slot.tensor.numel() else -1))
 
     def read(self) -> None:

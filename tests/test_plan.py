@@ -63,7 +63,7 @@ def test_json_is_plain_complete_and_stable() -> None:
     data = json.loads(PLAN.to_json())
     assert data["steps"][1] == {
         "step": "derive", "key": "q.scale", "sources": ["q.min", "q.max"], "how": "from min/max of the source",
-        "value": "",
+        "value": "", "terms": [],
     }  # fmt: skip
     assert data["steps"][2]["how"] == "weights"
     assert data["problems"] == [{"kind": "missing", "key": "b", "detail": "not there", "remedy": ""}]

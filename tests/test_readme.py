@@ -215,11 +215,11 @@ COLUMNS = """\
 **Read**: its files are told by their keys and read without the package. **To float**: the original weights bit for
 bit, of integers what the framework itself dequantizes. **Float in**: a float file gives its model's twin. **Resume**:
 its own QAT file gives the same state, nothing computed anew. **Ranges in, out**: QAT state of torch.ao in its model,
-its own in a model of torch.ao; where the answer is no, the weights go over and the ranges are made anew from them;
-"live" says that a model in memory gives them, and its file does not. **Write**: its own `load_state_dict` takes,
-strictly, what `qc.save_checkpoint` writes of its model. A yes is given by doing it (`tests/frameworks/table.py`),
-with the real package; three are not installed there, and their files are laid out as they write them:
-pytorch-quantization, AIMET, and SparseML, whose models are torch.ao's own modules."""
+its own in a model of torch.ao, by files that `qc.save_checkpoint` writes; where the answer is no, the weights go over
+and the ranges are made anew from them. **Write**: its own `load_state_dict` takes, strictly, what `qc.save_checkpoint`
+writes of its model. A yes is given by doing it (`tests/frameworks/table.py`), with the real package; three are not
+installed there, and their files are laid out as they write them: pytorch-quantization, AIMET, and SparseML, whose
+models are torch.ao's own modules."""
 
 
 def frameworks() -> str:

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from qat_compat.conventions import Encoding
+from qat_compat.conventions import Encoding, Form
 from qat_compat.errors import Problem
 from qat_compat.schema import Entry, Fused, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
@@ -161,7 +162,10 @@ class Quantizer(ABC):
         return {}
 
     def grid(self) -> str:
-        """Its integers and how it centres them, `-128..127 symmetric`; "" where that is not known."""
+        """Its integers, its zero point and the axis of its ranges, if that is not the first; "" where not known.
+
+        The zero point of `-128..127 symmetric` is 0, of `0..255 centred` in the middle, of `0..255 affine` anywhere.
+        """
         return ""
 
     def span(self) -> None:
@@ -176,9 +180,23 @@ class Quantizer(ABC):
         """Number of scales that the quantizer must have, 1 per tensor, or None where only data can tell."""
         return 1
 
+    def form(self) -> Form | None:
+        """How it writes its range down; None where it has none, or none that other frameworks could tell."""
+        return None
+
+    def declines(self) -> str:
+        """Why it takes no range of another framework, whatever that is, or ""."""
+        return "its quantizers take no other framework's range" if self.form() is None else ""
+
     def encoding(self) -> Encoding | None:
         """What it holds, and how that is to be read; None where it holds no range, or none of this kind."""
-        return None
+        form = self.form()
+        if form is None:
+            return None
+        held = {name: attrgetter(leaf)(self.module) for name, leaf in form.leaves.items()}
+        tensors = {name: self.state(form.leaves[name], value) for name, value in held.items() if value is not None}
+        known = {name: value.detach() for name, value in tensors.items() if value is not None}
+        return Encoding(form.convention, known, form.grid) if set(known) == set(form.leaves) else None
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take a range chosen by another statistic than the quantizer's own."""

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat.conventions import Encoding, Grid
+from qat_compat.conventions import Form, Grid
 from qat_compat.errors import CompatError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
@@ -233,27 +233,34 @@ class Proxy(Quantizer):
 
     def _is_log(self) -> bool:
         """Whether the value is the base-2 logarithm of the threshold."""
-        return any(
-            "Log" in type(part).__name__ or "PowerOfTwo" in type(part).__name__ for part in self.module.modules()
-        )
+        return self._scaling() != "brevitas.int"
 
-    def encoding(self) -> Encoding | None:
+    def form(self) -> Form | None:
         """Of integer quantizers that hold a threshold; the other ones compute theirs."""
         held = {_role(leaf): leaf for leaf in self.leaves if _role(leaf) is not Role.CONSTANT}
         threshold = held.get(Role.AMAX, "")
         integer: Any = next((part for part in self.module.modules() if type(part).__name__ == "IntQuant"), None)
         owner: Any = self.module
-        if integer is None or not threshold.endswith("scaling_impl.value") or not self.has_value(threshold):
+        if integer is None or not threshold.endswith("scaling_impl.value"):
             return None
         bits = int(
             owner.get_submodule(threshold.removesuffix("scaling_impl.value").rstrip(".")).msb_clamp_bit_width_impl()
         )
         grid = Grid(bits, bool(integer.signed), bool(integer.narrow_range))
-        tensors = {"value": self._tensor(threshold).detach()}
         if Role.ZERO_POINT in held:
-            tensors["zero_point"] = self._tensor(held[Role.ZERO_POINT]).detach()
-            return Encoding("brevitas.shifted", tensors, grid)
-        return Encoding("brevitas.log2" if self._is_log() else "brevitas.int", tensors, grid)
+            return Form("brevitas.shifted", grid, {"value": threshold, "zero_point": held[Role.ZERO_POINT]})
+        return Form(self._scaling(), grid, {"value": threshold})
+
+    def _scaling(self) -> str:
+        parts = {type(part).__name__ for part in self.module.modules()}
+        if "PowerOfTwoRestrictValue" in parts:
+            return "brevitas.log2"
+        return "brevitas.log" if "LogFloatRestrictValue" in parts else "brevitas.int"
+
+    def declines(self) -> str:
+        if not self.leaves:
+            return "it works its range out anew for every tensor"
+        return "its scales are powers of two" if self._scaling() == "brevitas.log2" else super().declines()
 
     def drift(self) -> float | None:
         leaf = next((leaf for leaf in self.leaves if _role(leaf) is Role.AMAX), None)

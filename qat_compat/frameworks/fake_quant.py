@@ -123,7 +123,9 @@ class FakeQuant(Quantizer):
         qmin, qmax = getattr(self.observer, "quant_min", None), getattr(self.observer, "quant_max", None)
         if qmin is None or qmax is None:
             return ""
-        return f"{qmin}..{qmax} {'symmetric' if self._symmetric else 'affine'}"
+        centred = "affine" if not self._symmetric else "symmetric" if qmin < 0 else "centred"
+        axis = self._axis()
+        return f"{qmin}..{qmax} {centred}" + (f" along axis {axis}" if axis else "")
 
     @property
     def _symmetric(self) -> bool:

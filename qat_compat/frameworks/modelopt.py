@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat_compat.conventions import Encoding, Grid
+from qat_compat.conventions import Encoding, Form, Grid
 from qat_compat.encodings import Encoded, as_amax
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import KeyView, ModelView, Needs, Quantizer
@@ -222,7 +222,8 @@ class AmaxQuantizer(Quantizer):
 
     def restore(self, leaf: str, value: Tensor) -> None:
         assert leaf == "_amax"
-        self._write(value)
+        shape = self._shape()
+        self._write(value if shape is None else value.reshape(shape))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         module: Any = self.module
@@ -265,15 +266,28 @@ class AmaxQuantizer(Quantizer):
             detail = f"expected the shape {list(expected)}, found {list(amax.shape)}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
 
+    def form(self) -> Form | None:
+        module: Any = self.module
+        bits, dynamic = self.settings.bits, (self.settings.block_sizes or {}).get("type") == "dynamic"
+        if not isinstance(bits, int) or dynamic or module._bias is not None:
+            return None
+        grid = Grid(bits, not self.settings.unsigned, self.settings.narrow_range)
+        return Form("modelopt.int", grid, {"_amax": "_amax"})
+
+    def declines(self) -> str:
+        bits = self.settings.bits
+        if not isinstance(bits, int):
+            return f"its levels are floating-point numbers, E{bits[0]}M{bits[1]}"
+        return super().declines()
+
     def encoding(self) -> Encoding | None:
         amax = self.module._buffers.get("_amax")
-        bits, blocks = self.settings.bits, self.settings.block_sizes or {}
-        if amax is None or blocks.get("type") == "dynamic":
+        if amax is None:
             return None
-        if isinstance(bits, int):
-            grid = Grid(bits, not self.settings.unsigned, self.settings.narrow_range)
-            return Encoding("modelopt.int", {"_amax": amax}, grid)
-        return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8)) if bits == (4, 3) else None
+        blocks = self.settings.block_sizes or {}
+        if self.settings.bits == (4, 3) and blocks.get("type") != "dynamic":
+            return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8))
+        return super().encoding()
 
     def drift(self) -> float | None:
         amax = self.module._buffers.get("_amax")

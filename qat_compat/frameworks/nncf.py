@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_compat.conventions import Encoding, Grid
+from qat_compat.conventions import Form, Grid
 from qat_compat.errors import CompatError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import KeyView, ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
@@ -61,6 +61,7 @@ _EXTERNAL = re.compile(r"(?:.+\.)?(?:external|activation)_quantizers\.(?P<where>
 # attribute of a live quantizer -> name that its state_dict gives it
 _SAVED = {"_scale_param_storage": "scale", "_input_range_param_storage": "input_range"}
 _HALF_RANGE = 2.0
+_FULL_RANGE = 1.5  # times a weight that a scale reaches at most where all levels are used
 _WEIGHTED = ("conv", "linear", "embedding", "addmm", "matmul")
 
 
@@ -149,11 +150,11 @@ class HookQuantizer(Quantizer):
         if ratio is None or not self._symmetric:
             return ""
         reach = 1 / ratio
-        if not (0.75 < reach < 1.5 or 0.75 < reach / _HALF_RANGE < 1.5):
+        if not (0.75 < reach < _FULL_RANGE or 0.75 < reach / _HALF_RANGE < _FULL_RANGE):
             return (
                 f"its scale is {reach:.3g} times its weight, so that it does not tell whether half its levels are used"
             )
-        self._half = reach > 1.5
+        self._half = reach > _FULL_RANGE
         return ""
 
     def check(self) -> Iterable[Problem]:
@@ -174,13 +175,18 @@ class HookQuantizer(Quantizer):
     def channels(self) -> int | None:
         return torch.Size(self._shape).numel()
 
-    def encoding(self) -> Encoding | None:
+    def form(self) -> Form | None:
         owner: Any = self.module
-        names = ("scale",) if self._symmetric else ("input_low", "input_range")
-        tensors = {name: getattr(owner, name).detach() for name in names}
         signed = owner.level_low < 0
         grid = Grid(owner.num_bits, signed, signed and -owner.level_low == owner.level_high)
-        return Encoding("nncf.symmetric" if self._symmetric else "nncf.asymmetric", tensors, grid)
+        if self._symmetric:
+            return Form("nncf.symmetric", grid, {"scale": "scale"})
+        return Form("nncf.asymmetric", grid, {"input_low": "input_low", "input_range": "input_range"})
+
+    def declines(self) -> str:
+        ratio = self.drift()
+        half = ratio is not None and self._symmetric and ratio < 1 / _FULL_RANGE
+        return "it leaves half of its levels unused, against overflow" if half else ""
 
     def drift(self) -> float | None:
         scale = self.module._parameters.get("_scale_param_storage")

@@ -143,7 +143,10 @@ class IntxQuantizer(Quantizer):
 
         config: Any = getattr(self.module, "config", None)
         bounds = _DTYPE_TO_QVALUE_BOUNDS.get(getattr(config, "dtype", None))
-        return "" if bounds is None else f"{bounds[0]}..{bounds[1]} {'symmetric' if config.is_symmetric else 'affine'}"
+        if bounds is None:
+            return ""
+        centred = "affine" if not config.is_symmetric else "symmetric" if bounds[0] < 0 else "centred"
+        return f"{bounds[0]}..{bounds[1]} {centred}"
 
     def channels(self) -> int | None:
         """One scale per row and group of a weight; a static activation quantizer has what its first batch gives."""

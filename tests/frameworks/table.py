@@ -83,21 +83,13 @@ def ranges_in(row: Row, folder: Path) -> None:
     _carried(lambda: target(row), qc.save_checkpoint(source, folder / "other.pt"))
 
 
-def ranges_out(row: Row, folder: Path) -> str:
+def ranges_out(row: Row, folder: Path) -> None:
     """Its QAT file into a model of torch.ao, of another mode than its own: the ranges of the weights are the file's."""
     flow = "eager-x86" if row.name == "torch.ao FX" else "fx-x86"
     if row.dequantized is not None:
         qc.load_checkpoint(other(by_flow(flow)), row.file(folder), calibration=batches())
         raise AssertionError(f"{row.name} gave its ranges, and its row says not how that is checked")
-    model, file = wider(row, folder)
-    try:
-        _carried(lambda: other(by_flow(flow)), file)
-    except No:
-        if model is None:
-            raise
-        _carried(lambda: other(by_flow(flow)), model)
-        return "live"
-    return "yes"
+    _carried(lambda: other(by_flow(flow)), wider(row, folder))
 
 
 def writes(row: Row, folder: Path) -> None:
@@ -115,7 +107,7 @@ def writes(row: Row, folder: Path) -> None:
     assert_same_state(dict(qc.open_checkpoint(again)), dict(qc.open_checkpoint(saved)))
 
 
-COLUMNS: Mapping[str, Callable[[Row, Path], str | None]] = {
+COLUMNS: Mapping[str, Callable[[Row, Path], None]] = {
     "Read": reads,
     "To float": to_float,
     "Float in": float_in,
@@ -157,15 +149,15 @@ def widen(model: nn.Module) -> None:
                 slot.tensor.mul_(WIDER)
 
 
-def wider(row: Row, folder: Path) -> tuple[nn.Module | None, Any]:
-    """A model of the framework with wider ranges, where there is one, and its file."""
+def wider(row: Row, folder: Path) -> Any:
+    """A file of the framework with wider ranges."""
     if row.model is not None:
         model = row.model()
         widen(model)
-        return model, qc.save_checkpoint(model, folder / "wider.pt")
+        return qc.save_checkpoint(model, folder / "wider.pt")
     state = dict(qc.open_checkpoint(row.file(folder)))
     schema = open_any(state).schema
-    return None, {key: value * WIDER if _is_range(schema[key]) else value for key, value in state.items()}
+    return {key: value * WIDER if _is_range(schema[key]) else value for key, value in state.items()}
 
 
 def scales(model: nn.Module) -> dict[str, Tensor]:
@@ -208,24 +200,25 @@ def table() -> str:
         for row in ROWS:
             cells = []
             for column in COLUMNS:
-                said, why = cell(row, column)
+                why = cell(row, column)
                 if why and why not in reasons:
                     reasons.append(why)
-                cells.append(f"no ({reasons.index(why) + 1})" if why else said)
+                cells.append(f"no ({reasons.index(why) + 1})" if why else "yes")
             lines.append(f"| {row.name} | {' | '.join(cells)} |")
     numbered = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *numbered])
 
 
-def cell(row: Row, column: str) -> tuple[str, str]:
-    """What the column says of the row, and why not."""
+def cell(row: Row, column: str) -> str:
+    """Why what the column asks for is not so, or ""."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return COLUMNS[column](row, Path(folder)) or "yes", ""
+            COLUMNS[column](row, Path(folder))
         except No as error:
-            return "no", str(error)
+            return str(error)
         except qc.PlanError as error:
-            return "no", re.sub(r" \([^)]*\)|,.*|^\d+ ", "", error.problems[0].detail)
+            return re.sub(r" \([^)]*\)|,.*|^\d+ ", "", error.problems[0].detail)
+    return ""
 
 
 @contextmanager

@@ -84,6 +84,15 @@ CONFIGS: dict[str, Build] = {
     "power of two": partial(
         QuantNet, {"weight_quant": bq.Int8WeightPerTensorFixedPoint}, bq.Int8ActPerTensorFixedPoint, {}
     ),
+    "learned powers of two": partial(
+        QuantNet, {"weight_quant": bq.Int8WeightPerTensorFixedPoint, **LEARNED}, bq.Int8ActPerTensorFixedPoint, {}
+    ),
+    "learned logarithms": partial(
+        QuantNet,
+        {"weight_quant": bq.Int8WeightPerChannelFloat, "weight_restrict_scaling_type": "log_fp", **LEARNED},
+        bq.Int8ActPerTensorFloat,
+        {},
+    ),
     "bias": partial(QuantNet, {}, bq.Int8ActPerTensorFloat, {"bias_quant": bq.Int32Bias}),
     "four bits": partial(QuantNet, {"weight_bit_width": 4, **LEARNED}, bq.Int8ActPerTensorFloat, {}),
 }

@@ -27,6 +27,7 @@ FLOWS: dict[str, tuple[NativePrepare, set[str]]] = {
             "four bits": "brevitas.int",
             "affine": "brevitas.shifted",
             "power of two": "brevitas.log2",
+            "learned logarithms": "brevitas.log",
         }.items()
     },
     "nncf": (test_nncf.prepare, {"nncf.symmetric"}),

@@ -50,7 +50,7 @@ matrix: $(VENV)/.test
 	  $(foreach kind,md html json,--qat-matrix-report=docs/matrix.$(kind)) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test
-	$(INSTALL) -e '.[bench]'
+	$(INSTALL) fastsafetensors==0.5.0 runai-model-streamer==0.17.0
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.plots
 

@@ -179,6 +179,15 @@ def _log2_threshold(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     return _symmetric(tensors["value"].ceil().exp2() / (grid.high + 1))
 
 
+def _scale(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
+    return _symmetric(tensors["scale"])
+
+
+def _offset(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What is added to an integer that is counted from 0."""
+    return tensors["scale"], grid.low - tensors["offset"]
+
+
 def _nncf_symmetric(tensors: Tensors, grid: Grid) -> tuple[Tensor, Tensor]:
     return _symmetric((tensors["scale"].abs() + _NNCF_EPS) / grid.high)
 
@@ -218,6 +227,8 @@ CONVENTIONS: Mapping[str, Convention] = {
     "brevitas.log":     Convention(("value",), _log_threshold, "LogFloatRestrictValue; brevitas 0.13.4",
                                    _as_log_threshold),
     "brevitas.log2":    Convention(("value",), _log2_threshold, "PowerOfTwoRestrictValue; brevitas 0.13.4"),
+    "aimet.symmetric": Convention(("scale",), _scale, "encoding specification 0.6.1 to 2.0.0; AIMET 2.42"),
+    "aimet.affine":    Convention(("scale", "offset"), _offset, "encoding specification 0.6.1 to 2.0.0; AIMET 2.42"),
     "nncf.symmetric":   Convention(("scale",), _nncf_symmetric, "symmetric_quantize; nncf 3.4",
                                    _as_nncf_symmetric, True),
     "nncf.asymmetric":  Convention(("input_low", "input_range"), _nncf_asymmetric, "TuneRange; nncf 3.4",

@@ -23,6 +23,7 @@ from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
 from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.state import join_path, split_path
 from qat_compat.storage import Checkpoint, Extent
+from qat_compat.storage.encodings_file import ENCODINGS
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 from qat_compat.weights import check_ties, reader
@@ -103,7 +104,7 @@ def to_float(
         fetch,
         extent=extent,
         name=f"float({opened.checkpoint.name})",
-        metadata=opened.checkpoint.metadata,
+        metadata={name: value for name, value in opened.checkpoint.metadata.items() if name != ENCODINGS},
         notes=(*opened.checkpoint.notes, *layout.notes),
     )
     stage = Stage.FOLDED if like is None and _is_folded(opened.schema) else Stage.FLOAT

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_compat.conventions import Form
 from qat_compat.encodings import form_from_record, with_encodings
 from qat_compat.errors import CheckpointError, CompatError
-from qat_compat.frameworks import Description, KeyView, describe_keys, describe_model, with_sites
+from qat_compat.frameworks import Description, KeyView, beside, describe_keys, describe_model, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
 from qat_compat.storage import Checkpoint, Extent, open_source
@@ -43,8 +43,8 @@ class Source:
     def _held(self, key: str) -> Tensor:
         if key in self.checkpoint:
             return self.checkpoint[key]
-        beside: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
-        value: Tensor = beside[key]
+        others: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
+        value: Tensor = others[key]
         return value
 
     def computed(self, key: str, sources: tuple[str, ...], compute: Callable[..., Made]) -> Made:
@@ -116,6 +116,10 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
 
 def _described(checkpoint: Checkpoint) -> Source:
     specs = {key: checkpoint.spec(key) for key in checkpoint}
+    if (told := beside(_view(specs, checkpoint))) is not None:
+        ours: Mapping[str, Any] = {name: checkpoint.record.get(name) or {} for name in told.record}
+        checkpoint.record = {**checkpoint.record, **{k: {**ours[k], **more} for k, more in told.record.items()}}
+        checkpoint.notes += told.notes
     hidden = checkpoint.record.get("hidden")
     if isinstance(hidden, Mapping):
         specs |= {key: Spec(tuple(value.shape), value.dtype) for key, value in hidden.items() if key not in specs}
@@ -130,8 +134,8 @@ def _described(checkpoint: Checkpoint) -> Source:
 def extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What modules gave by `get_extra_state` and is no tensor: beside the weights in a file, by key."""
     found: dict[str, Any] = {}
-    for beside in (checkpoint.metadata, checkpoint.record):
-        values = beside.get("extra_state")
+    for place in (checkpoint.metadata, checkpoint.record):
+        values = place.get("extra_state")
         if isinstance(values, Mapping):
             found |= {str(key): value for key, value in values.items() if str(key).split(".")[-1] == "_extra_state"}
     return found

@@ -217,9 +217,10 @@ bit, of integers what the framework itself dequantizes. **Float in**: a float fi
 its own QAT file gives the same state, nothing computed anew. **Ranges in, out**: QAT state of torch.ao in its model,
 its own in a model of torch.ao, by files that `qc.save_checkpoint` writes; where the answer is no, the weights go over
 and the ranges are made anew from them. **Write**: its own `load_state_dict` takes, strictly, what `qc.save_checkpoint`
-writes of its model. A yes is given by doing it (`tests/frameworks/table.py`), with the real package; three are not
-installed there, and their files are laid out as they write them: pytorch-quantization, AIMET, and SparseML, whose
-models are torch.ao's own modules."""
+writes of its model; of compressed-tensors, its own library decompresses what `qc.convert_checkpoint` writes of a model
+trained in torchao to the weights that training saw. A yes is given by doing it (`tests/frameworks/table.py`), with the
+real package; three are not installed there, and their files are laid out as they write them: pytorch-quantization,
+AIMET, and SparseML, whose models are torch.ao's own modules."""
 
 
 def frameworks() -> str:

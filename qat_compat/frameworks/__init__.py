@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks.aimet import AIMET
-from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
+from qat_compat.frameworks.base import Beside, Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
 from qat_compat.frameworks.converted import Converted
@@ -36,6 +36,7 @@ __all__ = [
     "Needs",
     "Quantizer",
     "Reduction",
+    "beside",
     "describe_keys",
     "describe_model",
     "same_flow",
@@ -105,6 +106,13 @@ def describe_keys(view: KeyView) -> Schema:
         if framework.owns_keys(view):
             return framework.describe_keys(view)
     return Schema({key: plain_entry(key, spec) for key, spec in view.specs.items()})
+
+
+def beside(view: KeyView) -> Beside | None:
+    """What a framework's own files beside the weights say, where the keys are its own or of no framework."""
+    told = next(((f, found) for f in FRAMEWORKS if (found := f.beside(view)) is not None), None)
+    owner = next((f for f in FRAMEWORKS if f.owns_keys(view)), None) if told is not None else None
+    return told[1] if told is not None and owner in (None, told[0]) else None
 
 
 def describe_model(model: nn.Module) -> Description:

@@ -21,6 +21,7 @@ from qat_compat.state import Slot, split_path
 
 __all__ = [
     "CAPTURED",
+    "Beside",
     "Framework",
     "KeyView",
     "ModelView",
@@ -248,6 +249,13 @@ class KeyView:
         return list(found.values())
 
 
+class Beside(NamedTuple):
+    """What other files than that of the weights say: as a record of ours would have it, and notes for the report."""
+
+    record: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 class Framework(ABC):
     """All that the package knows of one QAT framework."""
 
@@ -297,6 +305,10 @@ class Framework(ABC):
     def record(self, view: ModelView) -> Mapping[str, Any]:
         """What only the live model tells of its keys, as plain data that a file of it carries along."""
         return {}
+
+    def beside(self, view: KeyView) -> Beside | None:
+        """What its own files beside the weights say of them (`view.metadata`), where there are any."""
+        return None
 
     def before_norm(self, host: nn.Module, value: Tensor) -> Tensor | None:
         """What a fused module hands to its normalization for one input, (N, C, ...); None where that is not known."""

@@ -9,10 +9,11 @@ from typing import Any
 from qat_compat.errors import CheckpointError
 from qat_compat.storage.mapped import MappedFile
 
-__all__ = ["leads_outside", "quantization_config"]
+__all__ = ["CONFIG", "leads_outside", "quantization_config"]
 
 _FILE = "config.json"
-_NAMES = ("quantization_config", "compression_config")  # today's name, and the one before it
+CONFIG = "quantization_config"  # among the metadata of an opened file
+_NAMES = (CONFIG, "compression_config")  # today's name, and the one before it
 _MAX_SIZE = 16 << 20
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qat_compat.storage import dcp, npz, safetensors, sharded, torch_legacy, torch_zip
-from qat_compat.storage.config import quantization_config
+from qat_compat.storage.config import CONFIG, quantization_config
 from qat_compat.storage.container import Container, Opened, Source
+from qat_compat.storage.encodings_file import ENCODINGS, encodings_beside
 from qat_compat.storage.sniff import describe
 
 __all__ = ["open_path"]
@@ -31,14 +32,18 @@ def open_path(path: Path, verify: bool | None) -> Opened:
     source = Source(path, verify)
     for container in _CONTAINERS:
         if container.matches(source):
-            return _with_config(container.open(source), path if source.is_folder else path.parent)
+            return _with_beside(container.open(source), path, path if source.is_folder else path.parent)
     raise describe(source)
 
 
-def _with_config(opened: Opened, folder: Path) -> Opened:
-    config, passed_over = quantization_config(folder)
-    if config:
-        opened.metadata.setdefault("quantization_config", config)
-    if passed_over:
-        opened.notes = (*opened.notes, passed_over)
+def _with_beside(opened: Opened, path: Path, folder: Path) -> Opened:
+    """With what other files say of the weights; each is passed over, with a note, where it cannot be read."""
+    for name, (found, passed_over) in {
+        CONFIG: quantization_config(folder),
+        ENCODINGS: encodings_beside(path),
+    }.items():
+        if found:
+            opened.metadata.setdefault(name, found)
+        if passed_over:
+            opened.notes = (*opened.notes, passed_over)
     return opened

@@ -7,6 +7,7 @@ install.
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from flows import FLOWS
 from native import Net, batches, float_state, make_float, native, other
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_converted import converted
 from torch import Tensor, nn
 from torch.ao.quantization import QuantWrapper, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
@@ -47,6 +48,8 @@ class Row:
         model: Makes such a model; `None` where the tests do not install the package.
         other: Makes an equal model that holds other weights and ranges.
         dequantized: The weights of an integer model, as the framework itself dequantizes them.
+        converts: Its name in `convert_checkpoint`, where that writes what its own library reads, and what the library
+            makes of it.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Row:
     model: Callable[[], nn.Module] | None = None
     other: Callable[[], nn.Module] | None = None
     dequantized: Callable[[], Mapping[str, Tensor]] | None = None
+    converts: tuple[str, Callable[[Path], Mapping[str, Tensor]]] | None = None
 
 
 # --- prepared by torch.ao and torchao ---------------------------------------------------------------------------------
@@ -141,6 +145,14 @@ def _float_model(seed: int) -> nn.Module:
 
 def _converted(model: nn.Module, flow: str) -> nn.Module:
     return converted(flow, by_flow(flow)(model, batches()))
+
+
+def trained_torchao() -> nn.Module:
+    """Prepared by torchao, which is what can be written as integers."""
+    model = _float_model(1)
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, QATConfig(config, step="prepare"))
+    return model
 
 
 def _converted_torchao(model: nn.Module) -> nn.Module:
@@ -230,6 +242,18 @@ def _compressed_folder(folder: Path) -> Path:
     return folder
 
 
+def _decompressed(folder: Path) -> dict[str, Tensor]:
+    """As transformers loads such a folder: the configuration makes the modules, the file fills them."""
+    model = make_float()
+    config = QuantizationConfig(**json.loads((folder / "config.json").read_text())["quantization_config"])
+    apply_quantization_config(model, config)
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(model)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    compressor.decompress_model(model)
+    return {key: value.detach() for key, value in model.state_dict().items() if key in float_state()}
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 _LEARNED = partial(test_brevitas.prepare, build=test_brevitas.CONFIGS["learned per channel"])
@@ -254,5 +278,6 @@ ROWS = (
         ("compressed_tensors", "converted"),
         _compressed_folder,
         dequantized=lambda: _compressed()[2],
+        converts=("compressed-tensors", _decompressed),
     ),
 )

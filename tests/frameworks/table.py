@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from native import batches, float_state, make_float, other
-from rows import ROWS, Row, by_flow
+from rows import ROWS, Row, by_flow, trained_torchao
 from torch import Tensor, nn
 
 import qat_compat as qc
@@ -93,7 +93,15 @@ def ranges_out(row: Row, folder: Path) -> None:
 
 
 def writes(row: Row, folder: Path) -> None:
-    """What `save_checkpoint` writes of its model is what the framework's own `load_state_dict` takes, strictly."""
+    """What `save_checkpoint` writes of its model is what the framework's own `load_state_dict` takes, strictly; or its
+    own library makes of what `convert_checkpoint` writes the weights that training saw."""
+    if row.converts is not None:
+        to, read = row.converts
+        trained = trained_torchao()
+        expected = qc.to_float(trained, weights="quantized")
+        assert not torch.equal(expected["fc1.weight"], qc.to_float(trained)["fc1.weight"])
+        assert_same_state(read(qc.convert_checkpoint(trained, to, folder / "out")), dict(expected))
+        return
     fresh = target(row)
     assert row.model is not None
     model = row.model()

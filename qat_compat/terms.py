@@ -27,7 +27,7 @@ from qat_compat.schema import Role, Schema
 
 __all__ = ["Levels", "parse_grid", "same_integers", "write_down", "written"]
 
-_GRID = re.compile(r"(-?\d+)\.\.(-?\d+) (symmetric|affine|centred)( along axis .+)?")
+_GRID = re.compile(r"(-?\d{1,10})\.\.(-?\d{1,10}) (symmetric|affine|centred)( along axis .+)?")
 _RANGE = (Role.MIN, Role.MAX)
 _QPARAMS = (Role.SCALE, Role.ZERO_POINT)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from qat_compat.errors import CompatError
 from qat_compat.floating import Like, to_float
 from qat_compat.source import SourceLike, open_any
-from qat_compat.writers import REFUSED, WRITERS, Job
+from qat_compat.writers import TAKE_LIKE, WRITERS, Job
 
 __all__ = ["convert_checkpoint"]
 
@@ -30,12 +30,14 @@ def convert_checkpoint(
     Args:
         source: Path, state_dict, opened checkpoint or module.
         to: "float" (a `.pt` or `.safetensors` file of plain tensors), "torchao" (its own safetensors file, of tensor
-            subclasses), or "compressed-tensors" (a folder that Hugging Face and vLLM read). The latter two take a
-            module prepared by torchao's QATConfig or what :func:`qat_compat.save_checkpoint` wrote of it, and what
-            torchao or compressed-tensors converted to integers.
-        out: The destination; for "compressed-tensors" a folder that is not there yet.
+            subclasses), or "compressed-tensors" (a folder that Hugging Face and vLLM read): these two take a module
+            prepared by torchao's QATConfig or what :func:`save_checkpoint` wrote of it, and what torchao or
+            compressed-tensors converted to integers. "modelopt" (a
+            folder with the `modelopt_state.pth` from which ModelOpt restores) takes what has a symmetric range for
+            each quantizer, on known integers: prepared modules, and files that :func:`save_checkpoint` wrote of them.
+        out: The destination; for "compressed-tensors" and "modelopt" a folder that is not there yet.
         select: Which of several sets of weights in the file.
-        like: The float layout, for "float"; see :func:`to_float`.
+        like: The float layout, for "float" (see :func:`to_float`); the float model itself, for "modelopt".
 
     Returns:
         The path of `out`.
@@ -47,15 +49,16 @@ def convert_checkpoint(
     """
     if to not in WRITERS:
         raise CompatError(
-            f"a checkpoint cannot be written as {to!r}" + (f": {REFUSED[to]}" if to in REFUSED else ""),
+            f"a checkpoint cannot be written as {to!r}",
             key="to",
             expected=", ".join(WRITERS),
             found=repr(to),
             remedy="load the checkpoint into the model that you prepared, and save it with its own package",
         )
-    if like is not None and to != "float":
-        raise CompatError("the option is for floats", key="like", expected="to='float'", found=f"to={to!r}")
+    if like is not None and to not in TAKE_LIKE:
+        expected = " or ".join(f"to={name!r}" for name in TAKE_LIKE)
+        raise CompatError("the option is for other forms", key="like", expected=expected, found=f"to={to!r}")
     path = Path(os.fsdecode(out))
     opened = open_any(source, select=select)
-    WRITERS[to](Job(opened, to_float(source, select=select, like=like), path, to))
+    WRITERS[to](Job(opened, to_float(source, select=select, like=like), path, to, like))
     return path

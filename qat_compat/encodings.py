@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 Read = Callable[..., Mapping[str, Tensor]]
+_MOST_BITS = 32
 
 
 class Encoded(NamedTuple):
@@ -183,6 +184,6 @@ def form_from_record(record: Any) -> Form | None:
             "signed": bool(signed),
             "narrow": bool(narrow),
             "leaves": dict(leaves),
-        } if convention in CONVENTIONS and set(leaves) == set(CONVENTIONS[convention].tensors):
+        } if 1 <= bits <= _MOST_BITS and set(leaves) == set(getattr(CONVENTIONS.get(convention), "tensors", ())):
             return Form(convention, Grid(bits, signed, narrow), {str(name): str(leaf) for name, leaf in leaves.items()})
     return None

@@ -6,12 +6,21 @@ package keeps its own name -> tensor map.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = ["Slot", "collect_slots", "has_extra_state", "join_path", "memory_of", "modules_of", "split_path"]
+__all__ = [
+    "Slot",
+    "collect_slots",
+    "has_extra_state",
+    "join_path",
+    "memory_of",
+    "modules_like",
+    "modules_of",
+    "split_path",
+]
 
 
 def join_path(*parts: str) -> str:
@@ -78,6 +87,23 @@ def _walk(module: nn.Module, path: str, found: list[tuple[str, nn.Module]]) -> N
     for name, child in module._modules.items():
         if child is not None:
             _walk(child, prefix + name, found)
+
+
+def modules_like(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[tuple[str, ...], nn.Module]]:
+    """Each module of a kind once, with all the names that reach it.
+
+    Example:
+        >>> shared = nn.ReLU()
+        >>> modules_like(nn.Sequential(shared, nn.Tanh(), shared), lambda module: isinstance(module, nn.ReLU))
+        [(('0', '2'), ReLU())]
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in modules_of(model):
+        if wanted(module):
+            names.setdefault(id(module), []).append(path)
+            modules[id(module)] = module
+    return [(tuple(names[ident]), module) for ident, module in modules.items()]
 
 
 def collect_slots(model: nn.Module) -> dict[str, Slot]:

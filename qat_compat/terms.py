@@ -2,6 +2,9 @@
 
 Two quantizers mean the same by one scale where every integer of the source's grid is one of the target's. On another
 grid of as many bits a symmetric range is still a range: its largest magnitude. All else would be a guess.
+
+Frameworks divide by a scale, multiply by its inverse, or round it first: a value half-way between two levels may go to
+the other one.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from qat_compat.origins import Origin, key_of
 from qat_compat.plan import Derive, Keep
 from qat_compat.schema import Role, Schema
 
-__all__ = ["parse_grid", "same_integers", "write_down", "written"]
+__all__ = ["Levels", "parse_grid", "same_integers", "write_down", "written"]
 
-_GRID = re.compile(r"(-?\d+)\.\.(-?\d+) (symmetric|affine|centred)( along axis .+)?")
+_GRID = re.compile(r"(-?\d{1,10})\.\.(-?\d{1,10}) (symmetric|affine|centred)( along axis .+)?")
 _RANGE = (Role.MIN, Role.MAX)
 _QPARAMS = (Role.SCALE, Role.ZERO_POINT)
 

@@ -18,24 +18,22 @@ SmoothQuant, NVFP4 and MX configurations):
 
 from __future__ import annotations
 
-import copy
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat_compat.conventions import Encoding, Form, Grid
+from qat_compat.conventions import Grid
 from qat_compat.encodings import Encoded, as_amax
-from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import KeyView, ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
+from qat_compat.frameworks.modelopt_quantizer import AmaxQuantizer, Settings, is_quantizer, settings_from
 from qat_compat.schema import Entry, Role, Spec, Stage
-from qat_compat.state import join_path, modules_of, split_path
+from qat_compat.state import join_path, modules_like, split_path
 
-__all__ = ["CompressedModelOpt", "ModelOpt", "Settings", "amax_shape", "settings_of"]
+__all__ = ["CompressedModelOpt", "ModelOpt", "settings_of"]
 
 LEAVES: Mapping[str, Role] = {
     "_amax":            Role.AMAX,
@@ -52,50 +50,6 @@ LEAVES: Mapping[str, Role] = {
 _QUANTIZER = re.compile(
     r"(?:(?P<host>.+)\.)?(?P<kind>[A-Za-z]\w*)_quantizer(?:\.\d+)?\.(?P<leaf>_\w+|svdquant_lora_[ab])$"
 )
-_PLAIN_ALGORITHMS = ("max_calibrate", "_no_calibrate", "quantize")
-
-
-class Settings(NamedTuple):
-    """What a quantizer does with its `_amax`: read off a live quantizer or the state of one in a `mto.save` file.
-
-    Args:
-        bits: An integer's, or (exponent, mantissa) of a floating-point format.
-        axis: Axes that keep their size in `_amax`; None for one range per tensor.
-        unsigned: Whether zero is the lowest level.
-        narrow_range: Whether the lowest level is minus the highest.
-        block_sizes: Axis -> block size, with "type" ("static" or "dynamic") and "scale_bits"; None without blocks.
-        dynamic: Whether ranges are made anew for every tensor.
-        enabled: Whether it quantizes at all.
-    """
-
-    bits: int | tuple[int, int]
-    axis: int | tuple[int, ...] | None
-    unsigned: bool
-    narrow_range: bool
-    block_sizes: Mapping[Any, Any] | None
-    dynamic: bool
-    enabled: bool
-
-    @property
-    def blocks(self) -> Mapping[int, int]:
-        """Axis -> size of blocks that have a range each."""
-        sizes = self.block_sizes or {}
-        if sizes.get("type") == "dynamic":
-            return {}
-        return {axis: size for axis, size in sizes.items() if isinstance(axis, int) and size is not None}
-
-
-def _settings(state: Mapping[str, Any]) -> Settings:
-    bits, blocks = state["_num_bits"], state.get("_block_sizes")
-    return Settings(
-        tuple(bits) if isinstance(bits, (tuple, list)) else int(bits),
-        state.get("_axis"),
-        bool(state.get("_unsigned")),
-        bool(state.get("_narrow_range")),
-        dict(blocks) if blocks is not None else None,
-        bool(state.get("_dynamic")),
-        not state.get("_disabled"),
-    )
 
 
 def settings_of(metadata: Mapping[str, Any]) -> dict[str, Settings]:
@@ -116,202 +70,8 @@ def settings_of(metadata: Mapping[str, Any]) -> dict[str, Settings]:
     ours = beside.get("modelopt") if isinstance(beside, Mapping) else None
     for _mode, state in (metadata.get("modelopt_state") or ours or {}).get("modelopt_state_dict", ()):
         quantizers = (state.get("metadata") or {}).get("quantizer_state") or {}
-        found.update({name: _settings(one) for name, one in quantizers.items() if "_num_bits" in one})
+        found.update({name: settings_from(one) for name, one in quantizers.items() if "_num_bits" in one})
     return found
-
-
-def amax_shape(shape: tuple[int, ...], settings: Settings) -> tuple[int, ...]:
-    """The shape of `_amax` of a tensor: reduced axes are kept with size 1, blocks are counted, one range is ().
-
-    Example:
-        >>> int4 = Settings(4, None, False, False, {-1: 128, "type": "static"}, False, True)
-        >>> amax_shape((16, 256), int4), amax_shape((16, 256), int4._replace(block_sizes=None, axis=0))
-        ((32, 1), (16, 1))
-
-    Source: `TensorQuantizer._setup_for_blockquant` and `reduce_amax` of nvidia-modelopt 0.47.
-    """
-    blocks = {axis % len(shape): size for axis, size in settings.blocks.items()}
-    if list(blocks) == [len(shape) - 1]:
-        found = [math.prod(shape[:-1]) * math.ceil(shape[-1] / blocks[len(shape) - 1]), 1]
-    elif blocks:
-        found = [n for axis, size in enumerate(shape) for n in _split(size, blocks.get(axis))]
-    else:
-        axes = settings.axis if isinstance(settings.axis, (tuple, list)) else (settings.axis,)
-        kept = {axis % len(shape) for axis in axes if axis is not None}
-        found = [size if axis in kept else 1 for axis, size in enumerate(shape)]
-    return tuple(found) if math.prod(found) > 1 else ()
-
-
-def _split(size: int, block: int | None) -> tuple[int, ...]:
-    return (size,) if block is None else (math.ceil(size / block), 1)
-
-
-def _is_quantizer(module: nn.Module) -> bool:
-    return any(
-        base.__name__ == "TensorQuantizer" and base.__module__.startswith("modelopt.") for base in type(module).__mro__
-    )
-
-
-class AmaxQuantizer(Quantizer):
-    """A ModelOpt `TensorQuantizer`."""
-
-    def __init__(self, names: tuple[str, ...], module: nn.Module, site: str, algorithm: str) -> None:
-        super().__init__(names, module, site, Needs.DATA)
-        self.settings = _settings(vars(module))
-        self.parameter = ""  # key of the weight that `source` gives
-        self.whole: nn.Module = module  # all quantizers in a row
-        self.lazy = False  # whether the model has yet to be calibrated
-        self._algorithm = algorithm
-        self._before: tuple[bool, bool] | None = None
-        owner: Any = module
-        if not self.settings.enabled or owner._use_constant_amax or owner._constant_amax is not None:
-            self.needs = Needs.DEFINITION
-        elif self.settings.dynamic or owner.is_mx_format:
-            self.needs = Needs.NOTHING
-
-    def take_weight(self, source: Callable[[], Tensor], parameter: str, whole: nn.Module) -> None:
-        """Say that this quantizes a tensor of the model's own."""
-        self.parameter, self.whole = parameter, whole
-        if self.needs is Needs.DATA:
-            self.needs, self.source = Needs.WEIGHTS, source
-
-    def _shape(self) -> tuple[int, ...] | None:
-        """The shape that `_amax` must have, where that is known without data."""
-        if self.source is not None:
-            return amax_shape(tuple(self.source().shape), self.settings)
-        return () if self.settings.axis is None and not self.settings.blocks else None
-
-    def channels(self) -> int | None:
-        shape = self._shape()
-        return None if shape is None else math.prod(shape)
-
-    def hold(self) -> None:
-        module: Any = self.module
-        if self._before is None:
-            self._before = module._if_quant, module._if_calib
-        module._if_quant = module._if_calib = False
-
-    def listen(self) -> None:
-        module: Any = self.module
-        # a copy, since what it has collected is no attribute of the module and would outlive a roll-back
-        module._calibrator = copy.copy(module._calibrator)
-        module._calibrator.reset()
-        module._if_calib = True
-
-    def observe(self, value: Tensor) -> None:
-        if not bool(torch.isfinite(value).all()):
-            raise QParamError("the tensor that it quantizes holds NaN or inf", key=self.name, expected="finite values")
-        self.module(value)
-
-    def settle(self) -> None:
-        module: Any = self.module
-        self._write(module._calibrator.compute_amax())
-
-    def release(self) -> None:
-        module: Any = self.module
-        if self._before is not None:
-            module._if_quant, module._if_calib = self._before
-            self._before = None
-
-    def _write(self, value: Tensor) -> None:
-        module: Any = self.module
-        held = module._buffers.get("_amax")
-        if held is not None and held.shape != value.shape:
-            del module._buffers["_amax"]
-        module.amax = value
-
-    def restore(self, leaf: str, value: Tensor) -> None:
-        assert leaf == "_amax"
-        shape = self._shape()
-        self._write(value if shape is None else value.reshape(shape))
-
-    def set_range(self, low: Tensor, high: Tensor) -> None:
-        module: Any = self.module
-        self._write(torch.maximum(-low, high).to(module._amax))
-
-    def takes_range(self) -> bool:
-        return self._shape() == ()
-
-    def ranges(self) -> list[Tensor]:
-        seen = getattr(getattr(self.module, "_calibrator", None), "_calib_amax", None)
-        return [seen] if isinstance(seen, Tensor) else []
-
-    def hides_infinity(self) -> bool:
-        return True  # its calibrator stops at NaN and inf with an assertion
-
-    def refusal(self) -> str:
-        module: Any = self.module
-        if self._algorithm not in _PLAIN_ALGORITHMS:
-            name = self._algorithm.removesuffix("_calibrate")
-            return f"the model was calibrated with {name!r}, which the engine does not run; it runs 'max'"
-        if type(module._calibrator).__name__ != "MaxCalibrator":
-            return f"its calibrator is a {type(module._calibrator).__name__}, not a MaxCalibrator"
-        if module._bias is not None:
-            return "it has an affine bias, which the engine does not calibrate"
-        if module.is_nvfp4_static or getattr(module, "_global_amax", None) is not None:
-            return "its blocks share a second range, which the engine does not calibrate"
-        return ""
-
-    def check(self) -> Iterable[Problem]:
-        module: Any = self.module
-        amax = module._buffers.get("_amax")
-        if amax is None:
-            return
-        key, remedy = f"{self.name}._amax", "calibrate this quantizer anew, or take it from a sound file"
-        bad = int((~torch.isfinite(amax) | (amax < 0)).sum())
-        if bad:
-            yield Problem(ProblemKind.INVALID, key, f"{bad} of {amax.numel()} are negative or not finite", remedy)
-        expected = self._shape()
-        if expected is not None and tuple(amax.shape) != expected:
-            detail = f"expected the shape {list(expected)}, found {list(amax.shape)}"
-            yield Problem(ProblemKind.INVALID, key, detail, remedy)
-
-    def form(self) -> Form | None:
-        module: Any = self.module
-        bits, dynamic = self.settings.bits, (self.settings.block_sizes or {}).get("type") == "dynamic"
-        if not isinstance(bits, int) or dynamic or module._bias is not None:
-            return None
-        grid = Grid(bits, not self.settings.unsigned, self.settings.narrow_range)
-        return Form("modelopt.int", grid, {"_amax": "_amax"})
-
-    def declines(self) -> str:
-        bits = self.settings.bits
-        if not isinstance(bits, int):
-            return f"its levels are floating-point numbers, E{bits[0]}M{bits[1]}"
-        return super().declines()
-
-    def encoding(self) -> Encoding | None:
-        amax = self.module._buffers.get("_amax")
-        if amax is None:
-            return None
-        blocks = self.settings.block_sizes or {}
-        if self.settings.bits == (4, 3) and blocks.get("type") != "dynamic":
-            return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8))
-        return super().encoding()
-
-    def drift(self) -> float | None:
-        amax = self.module._buffers.get("_amax")
-        if self.source is None or amax is None:
-            return None
-        seen = float(amax.max())
-        with torch.no_grad():
-            now = float(self.source().abs().max())
-        return now / seen if seen > 0 and now > 0 else None
-
-    def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
-        return {self.parameter: self._quantized} if self.source is not None else {}
-
-    def _quantized(self) -> Tensor:
-        assert self.source is not None
-        if not any("_amax" in module._buffers for module in self.whole.modules()):
-            raise QParamError(
-                "the weight quantizer has seen nothing yet",
-                key=self.name,
-                remedy="load or calibrate the model first, or take the latent weights",
-            )
-        with torch.no_grad():
-            value: Tensor = copy.deepcopy(self.whole)(self.source())
-        return value
 
 
 class ModelOpt(KeyedFramework):
@@ -322,22 +82,14 @@ class ModelOpt(KeyedFramework):
     # --- models -----------------------------------------------------------------------------------------------------
 
     def owns_model(self, view: ModelView) -> bool:
-        return any(_is_quantizer(module) for module in view.kinds)
+        return any(is_quantizer(module) for module in view.kinds)
 
     def quantizers(self, view: ModelView) -> list[Quantizer]:
-        names: dict[int, list[str]] = {}
-        modules: dict[int, nn.Module] = {}
-        for path, module in modules_of(view.model):
-            if _is_quantizer(module):
-                names.setdefault(id(module), []).append(path)
-                modules[id(module)] = module
         algorithm = _algorithm(view)
-        found = {
-            ident: AmaxQuantizer(tuple(names[ident]), module, _site(names[ident][0]), algorithm)
-            for ident, module in modules.items()
-        }
+        listed = modules_like(view.model, is_quantizer)
+        found = {id(module): AmaxQuantizer(names, module, _site(names[0]), algorithm) for names, module in listed}
         _find_weights(view, found)
-        lazy = not any("_amax" in module._buffers for module in modules.values())
+        lazy = not any("_amax" in module._buffers for _, module in listed)
         for quantizer in found.values():
             quantizer.lazy = lazy
         return list(found.values())
@@ -387,7 +139,7 @@ class CompressedModelOpt(ModelOpt):
 
     def owns_model(self, view: ModelView) -> bool:
         return super().owns_model(view) and any(
-            getattr(module, "_dequantize", False) for module in view.modules.values() if _is_quantizer(module)
+            getattr(module, "_dequantize", False) for module in view.modules.values() if is_quantizer(module)
         )
 
     def owns_keys(self, view: Any) -> bool:

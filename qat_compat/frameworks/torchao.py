@@ -24,7 +24,7 @@ from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
 from qat_compat.frameworks.torchao_grids import as_json, rebuilt, rounding
 from qat_compat.schema import UNROUNDED, Entry, Role, Rounding, Schema, Spec, Stage
-from qat_compat.state import join_path, modules_of, split_path
+from qat_compat.state import join_path, modules_like, split_path
 
 __all__ = ["TorchAOQAT"]
 
@@ -181,16 +181,10 @@ class TorchAOQAT(Framework):
         return any(_is_quantizer(module) for module in view.kinds)
 
     def quantizers(self, view: ModelView) -> list[Quantizer]:
-        names: dict[int, list[str]] = {}
-        modules: dict[int, nn.Module] = {}
-        for path, module in modules_of(view.model):
-            if _is_quantizer(module):
-                names.setdefault(id(module), []).append(path)
-                modules[id(module)] = module
         found: list[Quantizer] = []
-        for ident, module in modules.items():
-            parent, leaf = split_path(names[ident][0])
-            found.append(IntxQuantizer(tuple(names[ident]), module, view.modules[parent], parent, leaf))
+        for names, module in modules_like(view.model, _is_quantizer):
+            parent, leaf = split_path(names[0])
+            found.append(IntxQuantizer(names, module, view.modules[parent], parent, leaf))
         return found
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qat_compat.writers import compressed_tensors, float_file, torchao
+from qat_compat.writers import compressed_tensors, float_file, modelopt, torchao
 from qat_compat.writers.job import Job
 
-__all__ = ["REFUSED", "WRITERS", "Job"]
+__all__ = ["TAKE_LIKE", "WRITERS", "Job"]
 
 WRITERS: Mapping[str, Callable[[Job], None]] = {
     "float": float_file.write,
     "torchao": torchao.write,
     "compressed-tensors": compressed_tensors.write,
+    "modelopt": modelopt.write,
 }
 
-REFUSED: Mapping[str, str] = {
-    "modelopt": "ModelOpt restores its quantizers only from the modelopt_state that its own prepared model writes",
-}
+TAKE_LIKE = ("float", "modelopt")
+"""Those that are of a float layout's or model's own making."""

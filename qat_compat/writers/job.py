@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
+from qat_compat.floating import Like
 from qat_compat.schema import UNROUNDED, Integers, Rounding, Stage
 from qat_compat.source import Source
 from qat_compat.state import join_path
@@ -57,12 +58,14 @@ class Job:
         floats: The same as float tensors under the original names.
         out: Where to.
         target: Its form, in the words of `convert_checkpoint`.
+        like: The float layout that was asked for.
     """
 
     source: Source
     floats: Checkpoint
     out: Path
     target: str
+    like: Like | None = None
 
     def layers(self) -> dict[str, Layer]:
         """Float name -> every weight that is written as integers.

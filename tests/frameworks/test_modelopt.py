@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import qat_compat as qc
 from qat_compat.frameworks import Needs, describe_model
-from qat_compat.frameworks.modelopt import amax_shape, settings_of
+from qat_compat.frameworks.modelopt import settings_of
+from qat_compat.frameworks.modelopt_quantizer import amax_shape
 from qat_compat.testing import assert_same_output, assert_same_state, scramble
 
 mto = pytest.importorskip("modelopt.torch.opt")

@@ -5,6 +5,7 @@ The oracle is what each package's own quantizer then makes of a weight.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from test_apply import untouched
 from test_translation import WEIGHTS, in_pytorch_quantization, torch_ao
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MinMaxObserver, PerChannelMinMaxObserver, QConfig, prepare_qat
-from torchao.quantization import PerAxis, quantize_
+from torchao.quantization import PerAxis, PerGroup, quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
 import qat_compat as qc
@@ -275,6 +276,42 @@ def test_ranges_are_taken_along_their_own_axis(axis: int) -> None:
         assert (report.derived > 0) == (axis == 0)
         reasons = {step.reason for step in report.steps if isinstance(step, Drop)}
         assert any("granularity" in why or "along axis 1" in why for why in reasons) == (axis == 1)
+
+
+def test_groups_of_torchao_are_blocks_of_modelopt() -> None:
+    static: dict[str, Any] = {"is_dynamic": False, "range_learning": True, "zero_point_precision": torch.float32}
+    config = IntxFakeQuantizeConfig(torch.int4, PerGroup(128), is_symmetric=True, **static)
+    source = nn.Sequential(nn.Linear(256, 8), nn.Linear(8, 128))
+    state = copy.deepcopy(source.state_dict())
+    only = lambda module, name: name == "0"  # noqa: E731
+    quantize_(source, QATConfig(weight_config=config, step="prepare"), filter_fn=only)
+    qc.load_checkpoint(source, state)
+    with torch.no_grad():
+        source[0].weight_fake_quantizer.scale.mul_(1.25)
+    target = nn.Sequential(nn.Linear(256, 8), nn.Linear(8, 128))
+    blocks = copy.deepcopy(test_modelopt.mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
+    target = test_modelopt.mtq.quantize(target, blocks, lambda model: model(torch.randn(4, 256)))
+    qc.load_checkpoint(target, source)
+    scale = source[0].weight_fake_quantizer.scale.detach()
+    assert scale.shape == (8, 2)
+    torch.testing.assert_close(target[0].weight_quantizer._amax, (scale * 7).reshape(16, 1))
+    expected = qc.to_float(source, weights="quantized")["0.weight"]
+    torch.testing.assert_close(target[0].weight_quantizer(target[0].weight), expected)
+
+
+@pytest.mark.parametrize("bad", ["modelopt.other", 10**9, {}, None], ids=str)
+def test_a_record_that_is_not_known_is_as_none(bad: Any, tmp_path: Path) -> None:
+    """A newer version's convention, no number of bits, no names: the file is read, its ranges are not."""
+    source = TARGETS["brevitas"][0]()
+    opened = qc.open_checkpoint(qc.save_checkpoint(source, tmp_path / "qat.pt"))
+    forms = opened.record["encodings"]
+    part = {str: "convention", int: "bits", dict: "leaves"}.get(type(bad))
+    changed = {name: {**form, part: bad} if part else bad for name, form in forms.items()}
+    record = {**opened.record, "encodings": changed, "grids": dict.fromkeys(forms, "1e99..2 symmetric")}
+    held = qc.Checkpoint({key: opened.spec(key) for key in opened}, opened.__getitem__, name="x", record=record)
+    report = qc.load_checkpoint(torch_ao(), held)
+    assert_same_state(dict(qc.to_float(held)), dict(qc.to_float(source)))
+    assert report.derived == 0
 
 
 def test_a_zero_point_is_never_lost() -> None:

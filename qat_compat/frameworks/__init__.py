@@ -11,6 +11,7 @@ from torch import nn
 from qat_compat.errors import CompatError
 from qat_compat.frameworks.aimet import AIMET
 from qat_compat.frameworks.base import Beside, Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
+from qat_compat.frameworks.bitsandbytes import BitsAndBytes
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
 from qat_compat.frameworks.converted import Converted
@@ -46,6 +47,7 @@ __all__ = [
 # is never taken for prepared; what extends another framework stands before it.
 FRAMEWORKS: tuple[Framework, ...] = (
     GPTQ(),
+    BitsAndBytes(),
     Converted(),
     ConvertedPT2E(),
     ConvertedTorchAO(),

@@ -20,6 +20,7 @@ from qat_compat.frameworks.converted_torchao import ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
 from qat_compat.frameworks.gptq import GPTQ
 from qat_compat.frameworks.modelopt import CompressedModelOpt, ModelOpt
+from qat_compat.frameworks.modelopt_export import ModelOptExport
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
 from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
@@ -59,6 +60,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
     TorchAOQAT(),
     PytorchQuantization(),
     CompressedModelOpt(),
+    ModelOptExport(),
     ModelOpt(),
     Brevitas(),
     AIMET(),

@@ -22,6 +22,7 @@ from qat_compat.storage.dtensor import undistributed
 __all__ = ["Source", "SourceLike", "extra_state", "forms_of", "hidden_state", "open_any"]
 
 Made = TypeVar("Made")
+_MAX_JSON = 4096  # bytes of JSON about one tensor
 SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
 
 
@@ -155,7 +156,9 @@ def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
 
 
 def _is_shape(key: str, spec: Spec) -> bool:
-    """Whether a tensor is the shape of another one, whose values are packed."""
+    """Whether a small tensor says what shape another has, whose values are packed."""
+    if ".quant_state.bitsandbytes__" in key:  # JSON as bytes
+        return spec.dtype is torch.uint8 and len(spec.shape) == 1 and spec.shape[0] <= _MAX_JSON
     return key.endswith("_shape") and spec.dtype in (torch.int32, torch.int64) and spec.shape in ((2,), (3,))
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from qat_compat.errors import CompatError
 from qat_compat.frameworks.aimet import AIMET
 from qat_compat.frameworks.base import Beside, Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
+from qat_compat.frameworks.bitsandbytes import BitsAndBytes
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
 from qat_compat.frameworks.converted import Converted
@@ -20,6 +21,7 @@ from qat_compat.frameworks.converted_torchao import ConvertedTorchAO
 from qat_compat.frameworks.fx import FX
 from qat_compat.frameworks.gptq import GPTQ
 from qat_compat.frameworks.modelopt import CompressedModelOpt, ModelOpt
+from qat_compat.frameworks.modelopt_export import ModelOptExport
 from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
 from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
@@ -47,6 +49,7 @@ __all__ = [
 # is never taken for prepared; what extends another framework stands before it.
 FRAMEWORKS: tuple[Framework, ...] = (
     GPTQ(),
+    BitsAndBytes(),
     Converted(),
     ConvertedPT2E(),
     ConvertedTorchAO(),
@@ -58,6 +61,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
     TorchAOQAT(),
     PytorchQuantization(),
     CompressedModelOpt(),
+    ModelOptExport(),
     ModelOpt(),
     Brevitas(),
     AIMET(),

@@ -231,7 +231,7 @@ class KeyView:
             the attributes of its class, as JSON values; the keys are those of the tensors in it.
         config: `quantization_config` of the `config.json` beside the file.
         metadata: Training state beside the weights, as plain data.
-        shapes: Key of a tensor that holds a shape (`fc.weight_shape`) -> that shape.
+        shapes: Key of a tensor that says a shape (`fc.weight_shape`, or JSON as bytes) -> its values.
     """
 
     specs: Mapping[str, Spec]

@@ -7,8 +7,7 @@ What is known here, and what it rests on (compressed-tensors 0.20):
   are the exponents of powers of two; these three decompress to bfloat16.
 * `weight_g_idx` (in,) is the group of each column, where columns were reordered; -1 where they were not.
 * `weight_scale_inv` is the same as `weight_scale`, for blocks of a float8 weight; 128 x 128 where neither
-  `weight_block_size` nor `block_structure` says otherwise. `weight_scale_2` is the global scale of NVFP4
-  in ModelOpt's export.
+  `weight_block_size` nor `block_structure` says otherwise.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ __all__ = ["PARTS", "Groups", "decode_layer"]
 PARTS: Mapping[str, Role] = {
     "scale":         Role.SCALE,
     "scale_inv":     Role.SCALE,
-    "scale_2":       Role.SCALE,
     "global_scale":  Role.SCALE,
     "zero_point":    Role.ZERO_POINT,
     "g_idx":         Role.CONSTANT,
@@ -127,8 +125,6 @@ def _inputs(args: Any) -> str:
 def decode_layer(name: str, view: KeyView, known: Groups) -> Decoded | str:
     """The float weight of one layer, or why it cannot be computed."""
     layer = _layer(name, view, known)
-    if "scale_2" in layer.keys:
-        return "it is in the form of ModelOpt's export, with weight_scale_2, which is not read"
     scale = layer.specs.get("scale", layer.specs.get("scale_inv"))
     if scale is None:
         return f"there is no {layer.name}_scale beside it"

@@ -8,8 +8,7 @@ What is known here, and what it rests on (torch 2.13):
   are its own `dequantize()`.
 * FX keeps the scale of an input or of a function at the root, `conv1_input_scale_0`, `_scale_3`, as scalars.
 * The batch normalization after a converted convolution is folded into it, and gone.
-* bitsandbytes: `weight.absmax` and `weight.quant_map`, or `SCB`. They are told, and not computed from; nor are
-  `qweight` and `qzeros` that are not whole layers of GPTQ or AWQ.
+* `qweight` and `qzeros` that are not whole layers of GPTQ or AWQ are told, and not computed from.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["Converted"]
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _PACKED_PARAMS = re.compile(r"(?:(?P<host>.+?)\.)?_packed_params(?:\.\w+)*$")
 _SCALAR = re.compile(r"(?P<name>(?:\w+\.)*?\w*?)_(?P<part>scale|zero_point)_(?P<number>\d+)$")
-_OTHERS = ("qweight", "qzeros", "weight.absmax", "weight.quant_map", "SCB")
+_OTHERS = ("qweight", "qzeros")
 
 
 class Converted(KeyedFramework):

@@ -184,7 +184,8 @@ CONVERTED: Mapping[str, tuple[Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         "modelopt",
     ),
     "GPTQ": ({"fc.qweight": ((1, 6), I32), "fc.qzeros": ((1, 1), I32), "fc.scales": ((1, 6), F32)}, "gptq"),
-    "bitsandbytes": ({"fc.weight": ((12, 1), U8), "fc.weight.absmax": ((1,), F32)}, "converted"),
+    "bitsandbytes": ({"fc.weight": ((12, 1), U8), "fc.weight.absmax": ((1,), F32)}, "bitsandbytes"),
+    "bitsandbytes, int8": ({"fc.weight": ((6, 4), I8), "fc.SCB": ((6,), F32)}, "bitsandbytes"),
 }  # fmt: skip
 
 

@@ -116,7 +116,10 @@ def _roles(draft: Draft, origin: Origin, form: Form, theirs: str, mine: str) -> 
     alike = one._replace(low=0) == other._replace(low=0) and one.centred == "symmetric"
     if not alike or one.low >= 0 or other.low >= 0:
         return None
-    return _RANGE if known.issuperset(_RANGE) else (Role.SCALE,) if Role.SCALE in known else None
+    # what an observer holds beside a scale that was learnt is out of date; what is computed never is
+    if Role.SCALE in known and key_of(draft, origin, Role.MAX) not in draft.source.recipes:
+        return (Role.SCALE,)
+    return _RANGE if known.issuperset(_RANGE) else None
 
 
 def written(schema: Schema, form: Form, terms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

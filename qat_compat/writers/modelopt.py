@@ -1,5 +1,5 @@
 """A folder that NVIDIA ModelOpt restores: `modelopt_state.pth` and `model.safetensors`, as its plugin for Hugging Face
-names them.
+names them, so that with that plugin (and a `config.json`) `from_pretrained` takes it, too.
 
 `mto.restore_from_modelopt_state(model, modelopt_state_path=...)` puts the quantizers into a float model, and
 `load_state_dict` then fills it. The state lists every quantizer that ModelOpt gives the model, also those of modules
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,9 @@ def write(job: Job) -> None:
     with new_folder(job.out) as folder:
         save(Checkpoint(specs, read, name=job.source.checkpoint.name), folder / "model.safetensors", record=record)
         torch.save(opt.modelopt_state(outline), folder / "modelopt_state.pth")
+        config: Any = getattr(job.like, "config", None)
+        if hasattr(config, "to_dict"):
+            (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def _outline(job: Job, model: nn.Module, ranges: Iterable[_Range]) -> Any:

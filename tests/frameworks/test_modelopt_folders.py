@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +203,40 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert most <= 4
     assert_same_state(model, make_float())  # nothing of ModelOpt is put into the model that says what it looks like
     assert restored(folder) is not None
+
+
+HUGGING_FACE = """
+import sys
+
+import modelopt.torch.opt as mto
+import torch
+from transformers import AutoModelForCausalLM
+
+mto.enable_huggingface_checkpointing()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(8)[None]).logits, sys.argv[2])
+"""
+
+
+def test_transformers_takes_the_folder_as_a_model(tmp_path: Path) -> None:
+    """With embeddings that are tied, and in a process of its own: ModelOpt changes `from_pretrained`."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    like = transformers.LlamaForCausalLM(config)
+    static: dict[str, Any] = {"is_dynamic": False, "range_learning": True, "zero_point_precision": torch.float32}
+    weights = IntxFakeQuantizeConfig(torch.int4, PerGroup(16), is_symmetric=True, **static)
+    source = copy.deepcopy(like)
+    quantize_(source, QATConfig(weight_config=weights, step="prepare"))
+    qc.load_checkpoint(source, like.state_dict())
+    with torch.no_grad():
+        for path, parameter in source.named_parameters():
+            if path.endswith("fake_quantizer.scale"):
+                parameter.mul_(1.3)
+        expected = source.eval()(torch.arange(8)[None]).logits
+    folder = qc.convert_checkpoint(source, "modelopt", tmp_path / "out", like=like)
+    command = [sys.executable, "-W", "ignore", "-c", HUGGING_FACE, str(folder), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)

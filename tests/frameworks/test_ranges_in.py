@@ -21,6 +21,7 @@ from test_apply import untouched
 from test_translation import WEIGHTS, in_pytorch_quantization, torch_ao
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MinMaxObserver, PerChannelMinMaxObserver, QConfig, prepare_qat
+from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
 from torchao.quantization import PerAxis, PerGroup, quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -142,12 +143,31 @@ def test_a_scale_of_torchao_is_found_again(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["brevitas", "nncf"])
 def test_a_range_goes_to_a_grid_without_its_lowest_level(name: str) -> None:
-    """Of -128..127 to -127..127, the scale cannot; the range can, bit for bit, and the scale is the target's affair."""
+    """Of -128..127 to -127..127, the scale cannot; the range can, and the scale is the target's own affair."""
     source, target = wide(torch_ao()), TARGETS[name][0]()
     report = qc.load_checkpoint(target, source, calibration=batches())
     assert "the largest magnitude of the source as" in str(report)
     found = magnitudes(target)
-    assert all(torch.equal(found[host], value) for host, value in extremes(source).items())
+    for host, value in extremes(source).items():
+        torch.testing.assert_close(found[host], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("low", [-128, -127])
+def test_a_scale_that_was_learnt_goes_before_what_was_observed_once(low: int) -> None:
+    source = make_float(5).train()
+    weight = _LearnableFakeQuantize.with_args(
+        observer=MinMaxObserver, quant_min=low, quant_max=127, dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
+    )
+    source.qconfig = QConfig(activation=nn.Identity, weight=weight)
+    prepare_qat(source, inplace=True)
+    qc.load_checkpoint(source, float_state())
+    quantizer: Any = source.fc1.weight_fake_quant
+    with torch.no_grad():
+        quantizer.scale.mul_(1.5)
+    target = brevitas("learned")()
+    qc.load_checkpoint(target, source, calibration=batches())
+    reach = 127.5 if low == -128 else 127
+    torch.testing.assert_close(magnitudes(target)["fc1"], quantizer.scale.detach() * reach, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if "logarithms" not in name])

@@ -159,8 +159,9 @@ class TorchAO(Framework):
         assert isinstance(quantizer, FakeQuant)
         for leaf, shape in quantizer.absent():
             spec = Spec(shape, torch.float32)
-            yield join_path(quantizer.name, leaf), Entry(
-                quantizer.site, LEAVES[leaf], *spec, quantizer.name, leaf, hidden=True
+            yield (
+                join_path(quantizer.name, leaf),
+                Entry(quantizer.site, LEAVES[leaf], *spec, quantizer.name, leaf, hidden=True),
             )
 
     def sites(self, view: ModelView) -> Mapping[str, str]:

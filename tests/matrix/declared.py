@@ -55,7 +55,11 @@ REFUSED = {
 # Brevitas' own LSTM has other names, too, and quantizers in its cells.
 # One scale of a whole weight (pt2e-sharing/converted) is a literal of the graph that `convert_pt2e` makes, and in no
 # state_dict: https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/pt2e/convert.py
+# NNCF gives the inputs of a concatenation one quantizer, and unifies their ranges by rules that no model holds.
+_UNIFIED = {"nncf/load": "shared by several operations"}
 UNSUPPORTED = {
+    "unet": _UNIFIED,
+    "yolo": _UNIFIED,
     "lstm": {
         "modelopt-*/load": "quantizers never ran",
         "modelopt-*/resume": "no range for 4 activation quantizers",

@@ -4,8 +4,9 @@ What is known here, and what it rests on (nncf 3.4; state_dicts in the tests of 
 
 * 3.x keeps the float names. Quantizers are hooks on the operations of a forward:
   `__nncf_hooks.pre_hooks.<operation>__<port>.<n>` before an input and `post_hooks` after an output. An operation is
-  `<module>/<function>/<call>`, with `:` for `.` in the module's path; a model's input is its name alone.
-  Input 1 of a convolution or linear layer is its weight.
+  `<module>/<function>/<call>`, where the module's path is written with `/`; a model's input is its name alone.
+  Input 1 of a convolution or linear layer is its weight. What holds modules and is not called itself (a `ModuleList`)
+  is left out of the path, with the names in it: `encoder/fc/linear/1` is of the second module in `encoder.layer`.
 * 2.x puts `nncf_module.` before every name. The quantizer of a weight is `<m>.pre_ops.<n>.op`; those of activations
   are in `external_quantizers` (once `activation_quantizers`), named by their place in the traced graph.
 * Symmetric quantizers have `scale` (a largest magnitude) and `signed_tensor`, asymmetric ones `input_low` and
@@ -90,7 +91,10 @@ class NNCF(KeyedFramework):
             kind, _, host = site.partition(":")
             owner = view.modules.get(host) if kind == "weight" else None
             weighted = owner if owner is not None and "weight" in owner._parameters else None
-            found.append(HookQuantizer(names, module, site, weighted, join_path(host, "weight")))
+            if kind == "weight" and weighted is None:  # its name lacks a part, and could be that of several modules
+                site = f"graph:{names[0]}"
+            parameter = join_path(host, "weight")
+            found.append(HookQuantizer(names, module, site, weighted, parameter))
         return found
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
@@ -129,12 +133,17 @@ def _own_name(name: str) -> str:
     return name.removeprefix("nncf_module.")
 
 
+def _module_and_function(op: str) -> tuple[str, str]:
+    """The path of a module and what it calls: `blocks/0/fc/linear/0` -> `blocks.0.fc`, `linear`."""
+    *path, function = op.rpartition("/")[0].replace(":", ".").split("/")
+    return ".".join(path), function
+
+
 def _hooked(op: str, port: str, when: str) -> str:
-    module, _, rest = op.replace(":", ".").partition("/")
-    function = rest.partition("/")[0]
-    if not rest and when == "post":  # a placeholder of the forward, or a parameter by its own name
-        host, _, leaf = module.rpartition(".")
-        return site_of("weight", host) if leaf == "weight" else site_of("input", module)
+    if "/" not in op and when == "post":  # a placeholder of the forward, or a parameter by its own name
+        host, _, leaf = op.replace(":", ".").rpartition(".")
+        return site_of("weight", host) if leaf == "weight" else site_of("input", op)
+    module, function = _module_and_function(op)
     if when == "pre" and port == "1" and module and function.startswith(_WEIGHTED):
         return site_of("weight", module)
     return site_of("input" if when == "pre" else "output", module or function, port)

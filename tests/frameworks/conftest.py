@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
+from no_compiler import no_compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """NNCF compiles its kernels for a minute or two, and does without them where there is no compiler."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", "false")
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        logger.setLevel(logging.ERROR)
+def _without_compiler() -> Iterator[None]:
+    with no_compiler():
         yield
-    logger.setLevel(level)

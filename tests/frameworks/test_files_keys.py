@@ -63,6 +63,8 @@ PREPARED: Mapping[str, Mapping[str, tuple[tuple[int, ...], str]]] = {
         "__nncf_hooks.pre_hooks.conv/conv2d/0__1.0.scale":          ((4, 1, 1, 1), "amax weight:conv"),
         "__nncf_hooks.pre_hooks.conv/conv2d/0__1.0.enabled":        ((1,), "enabled weight:conv"),
         "__nncf_hooks.pre_hooks.block:fc/linear/0__1.0.scale":      ((6, 1), "amax weight:block.fc"),
+        "__nncf_hooks.pre_hooks.block/0/fc/linear/0__1.0.scale":    ((6, 1), "amax weight:block.0.fc"),
+        "__nncf_hooks.post_hooks.block/0/relu/relu/0__0.0.scale":   ((1,), "amax output:block.0.relu"),
         "__nncf_hooks.post_hooks.x__0.0.scale":                     ((1,), "amax input:x"),
         "__nncf_hooks.post_hooks.relu/relu/0__0.0.input_low":       ((1,), "min_val output:relu"),
         "__nncf_hooks.post_hooks./mean/0__0.0._num_bits":           ((1,), "constant output:mean"),

@@ -198,6 +198,35 @@ def test_every_key_has_one_entry() -> None:
     assert set(qc.open_checkpoint(model)) == set(model.state_dict())
 
 
+class Nested(nn.Module):
+    """Layers in a Sequential, which is called, and in a ModuleList, which is not and whose names NNCF leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_weights_of_modules_in_modules() -> None:
+    """What the name tells is read from the weight itself; what it does not, from data."""
+    data = [torch.randn(4, 8) for _ in range(2)]
+    state = Nested().state_dict()
+    float_model = Nested()
+    float_model.load_state_dict(state)
+    twin, model = prepare(float_model, data), prepare(Nested(), data)
+    needs = {quantizer.site: quantizer.needs for quantizer in describe_model(model).quantizers}
+    assert (needs["weight:stem.0"], needs["weight:stem.2"]) == (Needs.WEIGHTS, Needs.WEIGHTS)
+    assert sum(site.startswith("weight:") for site in needs) == 2
+    qc.load_checkpoint(model, state, calibration=data)
+    assert_same_state(model, twin)
+
+
 def test_compressed_weights_are_not_float() -> None:
     model = nncf.compress_weights(make_float().eval(), dataset=nncf.Dataset(batches()))
     with pytest.raises(qc.PlanError, match="converted"):

@@ -1,5 +1,7 @@
 """The native ways to a QAT model: each flow is `prepare(float model, arch) -> prepared model`.
 
+How a model is prepared is what the flows of the package's own matrix say; here they get more kinds of observers.
+
 `CELLS` lists which flow is tried on which architecture; `REFUSED` which of the other combinations torch itself cannot
 make, and why. A flow that differs from another only in its observers runs on a few architectures (`SAMPLE`), not on
 all.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,19 +25,21 @@ from torch.ao.quantization import (
     MovingAverageMinMaxObserver,
     PerChannelMinMaxObserver,
     QConfig,
-    QConfigMapping,
     default_embedding_qat_qconfig,
-    fuse_modules_qat,
     get_default_qat_qconfig,
-    get_default_qat_qconfig_mapping,
     prepare_qat,
 )
 from torch.ao.quantization.quantization_mappings import (
     get_default_qat_module_mappings,
     get_embedding_qat_module_mappings,
 )
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from zoo import ARCHS, Arch
+
+from qat_compat.matrix.flows import pt2e as shared_pt2e
+from qat_compat.matrix.flows import torch_ao
+from qat_compat.matrix.flows.base import PER_GROUP
+from qat_compat.matrix.flows.torchao import LEARNED, STATIC, base_8da4w
+from qat_compat.matrix.flows.torchao import intx as intx_config
 
 Prepare = Callable[[nn.Module, Arch], nn.Module]
 
@@ -43,14 +47,8 @@ Prepare = Callable[[nn.Module, Arch], nn.Module]
 
 
 def eager(model: nn.Module, arch: Arch, *, qconfig: QConfig) -> nn.Module:
-    """`fuse_modules_qat` and `prepare_qat`; embeddings are not quantized, skipped modules have no qconfig."""
-    model.train()
-    if fusions := arch.fusions(model):
-        model = fuse_modules_qat(model, fusions)
-    model.qconfig = qconfig
-    for name in arch.skip:
-        model.get_submodule(name).qconfig = None
-    return prepare_qat(model, inplace=True)
+    """What embeddings give is quantized, too."""
+    return torch_ao.eager(model, arch.declared(), qconfig=qconfig, bare=())
 
 
 def eager_embedding(model: nn.Module, arch: Arch) -> nn.Module:
@@ -101,97 +99,24 @@ HISTOGRAM = QConfig(
 # --- FX --------------------------------------------------------------------------------------------------------------
 
 
-def fx(model: nn.Module, arch: Arch, *, mapping: Callable[[Arch], QConfigMapping]) -> nn.Module:
-    batch = arch.batches(1)[0]
-    inputs = tuple(batch.values()) if isinstance(batch, Mapping) else (batch,)
-    return prepare_qat_fx(model.train(), mapping(arch), inputs)
-
-
-def fx_mapping(arch: Arch, *, backend: str, skip: bool = False) -> QConfigMapping:
-    mapping = get_default_qat_qconfig_mapping(backend)
-    for kind in (nn.Embedding, nn.EmbeddingBag):
-        mapping.set_object_type(kind, default_embedding_qat_qconfig)
-    for name in arch.skip:
-        mapping.set_module_name(name, None)
+def fx(model: nn.Module, arch: Arch, *, backend: str, skip: bool = False) -> nn.Module:
+    """With `skip`, one more layer has no qconfig, between others that have one."""
     if skip:
-        mapping.set_module_name(arch.fuse[-1][0], None)
-    return mapping
+        arch = replace(arch, skip=(*arch.skip, arch.fuse[-1][0]))
+    return torch_ao.fx(model, arch.declared(), mapping=torch_ao.fx_mapping(backend))
 
 
 # --- PT2E ------------------------------------------------------------------------------------------------------------
 
 
-def pt2e(model: nn.Module, arch: Arch, *, quantizer: Callable[[], Any], training: bool = True) -> nn.Module:
-    """Export in train or eval form, and `prepare_qat_pt2e`."""
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-
-    model.train(training)
-    batch = arch.batches(1)[0]
-    args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
-    return prepare_qat_pt2e(torch.export.export(model, args, dict(kwargs)).module(), quantizer())
-
-
-def x86_inductor() -> Any:
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
-
-    return x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+def pt2e(model: nn.Module, arch: Arch, **options: Any) -> nn.Module:
+    return shared_pt2e.pt2e(model, arch.declared(), **options)
 
 
 def embedding_quantizer() -> Any:
     from torchao.quantization.pt2e.quantizer.embedding_quantizer import EmbeddingQuantizer
 
     return EmbeddingQuantizer()
-
-
-def sharing_quantizer() -> Any:
-    """Another backend than Inductor: per-tensor weights, unfused quantizers, one quantizer for all inputs of `cat`."""
-    from torchao.quantization.pt2e import FakeQuantize as Fake
-    from torchao.quantization.pt2e import MinMaxObserver as MinMax
-    from torchao.quantization.pt2e import MovingAverageMinMaxObserver as MovingAverage
-    from torchao.quantization.pt2e.quantizer import (
-        QuantizationAnnotation,
-        QuantizationSpec,
-        Quantizer,
-        SharedQuantizationSpec,
-    )
-
-    activation = QuantizationSpec(
-        dtype=torch.uint8,
-        quant_min=0,
-        quant_max=255,
-        qscheme=torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=Fake.with_args(observer=MovingAverage, averaging_constant=0.2),
-    )
-    weight = QuantizationSpec(
-        dtype=torch.int8,
-        quant_min=-128,
-        quant_max=127,
-        qscheme=torch.per_tensor_symmetric,
-        observer_or_fake_quant_ctr=Fake.with_args(observer=MinMax),
-    )
-    aten = torch.ops.aten
-    weighted = {aten.conv2d.default, aten.conv1d.default, aten.linear.default}
-
-    class Sharing(Quantizer):
-        def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
-            for node in model.graph.nodes:
-                if node.target in weighted:
-                    inputs = {node.args[0]: activation, node.args[1]: weight}
-                    annotation = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
-                elif node.target is aten.cat.default:
-                    first, *others = node.args[0]
-                    shared = SharedQuantizationSpec((first, node))
-                    inputs = {first: activation, **dict.fromkeys(others, shared)}
-                    annotation = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=shared, _annotated=True)
-                else:
-                    continue
-                node.meta["quantization_annotation"] = annotation
-            return model
-
-        def validate(self, model: torch.fx.GraphModule) -> None:
-            pass
-
-    return Sharing()
 
 
 # --- torchao QATConfig -----------------------------------------------------------------------------------------------
@@ -207,34 +132,12 @@ def torchao(model: nn.Module, arch: Arch, *, linear: Callable[[], Any], embeddin
 
 
 def int8_int4() -> Any:
-    from torchao.quantization import Int8DynamicActivationIntxWeightConfig
-    from torchao.quantization.granularity import PerGroup
     from torchao.quantization.qat import QATConfig
 
-    base = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(8))
-    return QATConfig(base, step="prepare")
+    return QATConfig(base_8da4w(PER_GROUP, 8), step="prepare")
 
 
-def intx(
-    *, activation: Mapping[str, Any] | None = None, weight: Mapping[str, Any] | None = None, group: int = 8
-) -> Any:
-    """Per-token int8 activations and grouped int4 weights, each only if options for it are given."""
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-
-    return QATConfig(
-        activation_config=None
-        if activation is None
-        else IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False, **activation),
-        weight_config=None
-        if weight is None
-        else IntxFakeQuantizeConfig(torch.int4, group_size=group, is_symmetric=True, **weight),
-        step="prepare",
-    )
-
-
-STATIC: Mapping[str, Any] = {"is_dynamic": False}
-# An integer zero_point cannot be a parameter.
-LEARNED: Mapping[str, Any] = {"is_dynamic": False, "range_learning": True, "zero_point_precision": torch.float32}
+intx = partial(intx_config, PER_GROUP, group=8)
 
 # --- the matrix ------------------------------------------------------------------------------------------------------
 
@@ -273,7 +176,7 @@ def _eager(name: str, qconfig: QConfig, archs: Iterable[str]) -> Flow:
 
 
 def _fx(name: str, archs: Iterable[str], **options: Any) -> Flow:
-    return Flow(f"fx-{name}", partial(fx, mapping=partial(fx_mapping, **options)), tuple(archs), "fx")
+    return Flow(f"fx-{name}", partial(fx, **options), tuple(archs), "fx")
 
 
 def _pt2e(name: str, archs: Iterable[str], **options: Any) -> Flow:
@@ -299,9 +202,9 @@ FLOWS: Mapping[str, Flow] = {
         _fx("fbgemm", ("plain", "residual"), backend="fbgemm"),
         _fx("qnnpack", SAMPLE, backend="qnnpack"),
         _fx("skip", ("plain", "crossed", "residual", "unet", "linear_bn"), backend="x86", skip=True),
-        _pt2e("x86", EXPORTED, quantizer=x86_inductor),
-        _pt2e("x86-eval", ("plain", "crossed", "constants"), quantizer=x86_inductor, training=False),
-        _pt2e("sharing", ("plain", "functional", "transformer"), quantizer=sharing_quantizer),
+        _pt2e("x86", EXPORTED, quantizer=shared_pt2e.x86_inductor),
+        _pt2e("x86-eval", ("plain", "crossed", "constants"), quantizer=shared_pt2e.x86_inductor, training=False),
+        _pt2e("sharing", ("plain", "functional", "transformer"), quantizer=shared_pt2e.sharing_quantizer),
         _pt2e("embedding", ("tied",), quantizer=embedding_quantizer),
         _torchao("int8-int4", ALL, linear=int8_int4),
         _torchao("intx", LINEAR, linear=partial(intx, activation={}, weight={})),

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from flows import eager, fx_mapping
+from flows import eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.ao.quantization import get_default_qat_qconfig
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from zoo import Arch
 
+from qat_compat.matrix.flows.torch_ao import fx_mapping
 from qat_compat.testing import assert_round_trip, assert_twin
 
 # One seed for all machines: a failure here is a failure everywhere.
@@ -114,6 +115,6 @@ def test_round_trip(arch: Arch) -> None:
 @given(arch=architectures())
 def test_fx_twin(arch: Arch) -> None:
     def prepare(model: nn.Module) -> nn.Module:
-        return prepare_qat_fx(model.train(), fx_mapping(arch, backend="x86"), (arch.batches(1)[0],))
+        return prepare_qat_fx(model.train(), fx_mapping("x86"), (arch.batches(1)[0],))
 
     assert_twin(arch.make, prepare, arch.state(), arch.batches(), outputs=False)

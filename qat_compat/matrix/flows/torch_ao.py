@@ -22,14 +22,19 @@ _WEIGHTS = {PER_TENSOR: ao.default_fused_wt_fake_quant, PER_CHANNEL: ao.default_
 _DEFAULT = {"x86": PER_CHANNEL, "fbgemm": PER_CHANNEL, "qnnpack": PER_TENSOR}
 
 
-def eager(model: nn.Module, declared: QATModel, *, qconfig: Any) -> nn.Module:
-    """`fuse_modules_qat` and `prepare_qat`; embeddings are not quantized, skipped modules have no qconfig."""
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)  # `convert` takes no qconfig but one of their own
+
+
+def eager(
+    model: nn.Module, declared: QATModel, *, qconfig: Any, bare: tuple[type[nn.Module], ...] = _EMBEDDINGS
+) -> nn.Module:
+    """`fuse_modules_qat` and `prepare_qat`; skipped modules and those of the classes in `bare` have no qconfig."""
     model.train()
     if fusions := declared.fusions(model):
         model = ao.fuse_modules_qat(model, fusions)
     model.qconfig = qconfig
-    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    for module in (*embeddings, *map(model.get_submodule, declared.skip)):
+    without = [module for module in model.modules() if isinstance(module, bare)]
+    for module in (*without, *map(model.get_submodule, declared.skip)):
         module.qconfig = None  # type: ignore[assignment]
     prepared: nn.Module = ao.prepare_qat(model, inplace=True)
     return prepared
@@ -44,12 +49,12 @@ def fx(model: nn.Module, declared: QATModel, *, mapping: Any) -> nn.Module:
     return prepared
 
 
-def fx_mapping(backend: str, granularity: str) -> Any:
+def fx_mapping(backend: str, granularity: str | None = None) -> Any:
     """The backend's own mapping, with embeddings; another granularity of weights than its own where it is asked for."""
     mapping = ao.get_default_qat_qconfig_mapping(backend)
-    if granularity != _DEFAULT[backend]:
+    if granularity is not None and granularity != _DEFAULT[backend]:
         mapping.set_global(_qconfig(backend, granularity))
-    for kind in (nn.Embedding, nn.EmbeddingBag):
+    for kind in _EMBEDDINGS:
         mapping.set_object_type(kind, ao.default_embedding_qat_qconfig)
     return mapping
 

@@ -13,7 +13,7 @@ from qat_compat.matrix.flows.base import PER_CHANNEL, PER_GROUP, Flow, NotApplic
 from qat_compat.testing import QATModel, native_calibration
 from qat_compat.testing.modes import DefaultInputs, Inputs, eval_form
 
-__all__ = ["FLOWS", "intx"]
+__all__ = ["FLOWS", "LEARNED", "STATIC", "base_8da4w", "intx"]
 
 _INT4: Any = getattr(torch, "int4")  # noqa: B009  (torch makes it at run time)
 _LARGEST_GROUP = 32
@@ -59,7 +59,7 @@ def _grain(granularity: str, group: int) -> Any:
     return PerGroup(group) if granularity == PER_GROUP else PerAxis(0)
 
 
-def _base_8da4w(granularity: str, group: int) -> Any:
+def base_8da4w(granularity: str, group: int) -> Any:
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig
 
     return Int8DynamicActivationIntxWeightConfig(weight_dtype=_INT4, weight_granularity=_grain(granularity, group))
@@ -118,13 +118,13 @@ def _of_options(name: str, granularities: tuple[str, ...], options: Mapping[str,
 
 
 _TITLE, _NEEDS = "torchao QATConfig", ("torchao",)
-_STATIC: Mapping[str, Any] = {"is_dynamic": False}
+STATIC: Mapping[str, Any] = {"is_dynamic": False}
 # An integer zero_point cannot be a parameter.
-_LEARNED: Mapping[str, Any] = {"is_dynamic": False, "range_learning": True, "zero_point_precision": torch.float32}
+LEARNED: Mapping[str, Any] = {"is_dynamic": False, "range_learning": True, "zero_point_precision": torch.float32}
 
 FLOWS = (
-    _of_base("8da4w", _base_8da4w),
+    _of_base("8da4w", base_8da4w),
     _of_base("4w", _base_4w),
-    _of_options("static", (PER_GROUP,), _STATIC),
-    _of_options("learned", (PER_GROUP, PER_CHANNEL), _LEARNED),
+    _of_options("static", (PER_GROUP,), STATIC),
+    _of_options("learned", (PER_GROUP, PER_CHANNEL), LEARNED),
 )

@@ -119,6 +119,8 @@ def _state(said: tuple[int, ...]) -> dict[str, Any] | None:
     try:
         found = json.loads(bytes(said).decode())
         dtype = getattr(torch, found["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            return None
         shape = [int(size) for size in found["shape"]]
         return {
             **found,
@@ -127,7 +129,7 @@ def _state(said: tuple[int, ...]) -> dict[str, Any] | None:
             "blocksize": int(found["blocksize"]),
             "quant_type": found["quant_type"],
         }
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

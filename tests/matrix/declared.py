@@ -55,9 +55,10 @@ REFUSED = {
 # ModelOpt gives a bidirectional LSTM twice as many quantizers as it runs; it turns the weights of GPT-2's `Conv1D`.
 # Brevitas' own LSTM has other names, too, and quantizers in its cells.
 # Integers of a head that was tied to a float embedding are a second value of the one tensor that `like=` has.
-_TWO_VALUES = dict.fromkeys(("eager-*/converted", "fx-*/converted", "torchao-*/converted"), "are one tensor in like=")
+_TWO_VALUES = {"torchao-*/converted": "are one tensor in like="}
 UNSUPPORTED = {
-    **dict.fromkeys(("decoder", "llama", "t5", "whisper"), _TWO_VALUES),
+    "llama": _TWO_VALUES,
+    "t5": _TWO_VALUES,
     "lstm": {
         "eager-*/load": r"lstm\.layers",
         "eager-*/back": r"lstm\.bias_hh",

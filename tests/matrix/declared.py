@@ -56,13 +56,14 @@ REFUSED = {
 # One scale of a whole weight (pt2e-sharing/converted) is a literal of the graph that `convert_pt2e` makes, and in no
 # state_dict: https://github.com/pytorch/ao/blob/v0.18.0/torchao/quantization/pt2e/convert.py
 # Integers of a head that was tied to a float embedding are a second value of the one tensor that `like=` has.
-_TWO_VALUES = dict.fromkeys(("eager-*/converted", "fx-*/converted", "torchao-*/converted"), "are one tensor in like=")
+_TWO_VALUES = {"torchao-*/converted": "are one tensor in like="}
 # NNCF gives the inputs of a concatenation one quantizer, and unifies their ranges by rules that no model holds.
 _UNIFIED = {"nncf/load": "shared by several operations"}
 UNSUPPORTED = {
-    **dict.fromkeys(("decoder", "llama", "t5", "whisper"), _TWO_VALUES),
     "unet": _UNIFIED,
     "yolo": _UNIFIED,
+    "llama": _TWO_VALUES,
+    "t5": _TWO_VALUES,
     "lstm": {
         "modelopt-*/load": "quantizers never ran",
         "modelopt-*/resume": "no range for 4 activation quantizers",

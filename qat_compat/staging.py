@@ -86,9 +86,10 @@ def stage(plan: Plan, reading: Reading) -> Staged:
     Raises:
         PlanError: Values that a cast would destroy, or tied names with different values.
     """
+    slots = reading.description.view.slots
+    _refuse_distributed(plan, slots)
     stager = _Stager(reading, _reductions(plan, reading.description))
     staged = stager.staged
-    slots = reading.description.view.slots
     for step in plan.steps:
         if isinstance(step, Copy):
             stager.copy(step.key, step.source)
@@ -110,6 +111,23 @@ def stage(plan: Plan, reading: Reading) -> Staged:
         raise PlanError(stager.problems, file=plan.source)
     stager.read()
     return staged
+
+
+def _refuse_distributed(plan: Plan, slots: Mapping[str, Slot]) -> None:
+    """A step fills a whole tensor; of a DTensor this process may hold a part, in memory that FSDP manages."""
+    for step in plan.steps:
+        filled = isinstance(step, (Copy, Derive, Synthesize)) and step.key in slots
+        target: Any = slots[step.key].tensor if filled else None
+        if hasattr(target, "to_local") and hasattr(target, "placements"):
+            raise CompatError(
+                "the model is distributed already (DTensor)",
+                file=plan.source,
+                key=step.key,
+                expected="a model whose tensors are whole",
+                found=f"{list(target.shape)} with the placements {target.placements}",
+                remedy="load first, and call fully_shard or parallelize_module on the loaded model; or save that with"
+                " torch.distributed.checkpoint, and load it into the distributed one",
+            )
 
 
 def _reductions(plan: Plan, description: Description) -> dict[str, list[Reduction]]:

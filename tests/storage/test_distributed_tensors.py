@@ -1,4 +1,7 @@
-"""DTensors of FSDP2 in a state dict: read where one process holds all of them, refused where it holds a part."""
+"""DTensors of FSDP2 in a state dict: read where one process holds all of them, refused where it holds a part.
+
+A model that holds them is not loaded, and says so.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,14 @@ def main(rank, ranks, folder):
             refused({"w": DTensor.from_local(torch.ones(2), mesh, [Partial()])}, "a partial sum", folder)
         else:
             refused(source, f"a part: {[[2, 4], [1, 4]][rank]}", folder)
+    held = [parameter.to_local().clone() for parameter in model.parameters()]
+    try:
+        qc.load_checkpoint(model, {key: value + 1 for key, value in expected.items()})
+    except qc.CompatError as error:
+        assert error.key == "0.weight" and "load first" in error.remedy and "Shard(dim=0)" in error.found, str(error)
+    else:
+        raise AssertionError("a distributed model was loaded")
+    assert all(torch.equal(p.to_local(), value) for p, value in zip(model.parameters(), held, strict=True))
     dist.barrier()
     dist.destroy_process_group()
 

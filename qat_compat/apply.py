@@ -106,6 +106,8 @@ def _set_extra(description: Description, staged: Staged) -> None:
 
 def _adopt(plan: Plan, description: Description) -> None:
     """Tell the quantizers which of their tensors hold what a checkpoint held."""
+    if not description.quantizers:
+        return
     leaves: dict[str, list[str]] = {}
     for step in plan.steps:
         if _is_taken(step) or (isinstance(step, Synthesize) and step.how is How.RECORD):

@@ -294,4 +294,4 @@ def _no_tensor(key: str) -> Tensor:
 def _unknown_entry(key: str) -> Entry:
     shape = () if split_path(key)[1] == "num_batches_tracked" else UNKNOWN
     entry = plain_entry(key, Spec(shape, torch.float32))
-    return replace(entry, shape=UNKNOWN) if entry.role is Role.PARAMETER else entry
+    return entry._replace(shape=UNKNOWN) if entry.role is Role.PARAMETER else entry

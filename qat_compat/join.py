@@ -13,7 +13,7 @@ from qat_compat.frameworks import Quantizer
 from qat_compat.names import canonical
 from qat_compat.norms import Match
 from qat_compat.plan import Copy, Drop, Keep, Plan, sorted_problems
-from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Spec, Stage
+from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Stage
 from qat_compat.state import join_path, split_path
 
 __all__ = ["Goal", "doubts", "join", "without"]
@@ -97,6 +97,8 @@ def _matches(globs: Iterable[str], *names: str) -> bool:
 def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
     """The schema less the keys that match and what is computed from them, and those keys; a glob that names nothing is
     an error."""
+    if not globs:
+        return schema, []
     ignored = [key for key in schema if _matches(globs, key)]
     idle = [glob for glob in globs if not any(fnmatchcase(key, glob) for key in ignored)]
     if idle:
@@ -175,14 +177,14 @@ def _copy_float(draft: Draft, key: str, entry: Entry, pair: tuple[str, str]) -> 
         draft.used.add(origin)
         return
     if entry.role is not Role.EXTRA:
-        _check_cast(draft, key, theirs.spec, entry.spec)
+        _check_cast(draft, key, theirs, entry)
     draft.copy(key, origin, witness)
 
 
-def _check_cast(draft: Draft, key: str, theirs: Spec, mine: Spec) -> None:
+def _check_cast(draft: Draft, key: str, theirs: Entry, mine: Entry) -> None:
     """Casts that lose something whatever the values are; the rest is looked at when the values are read."""
     if theirs.dtype.is_complex and not mine.dtype.is_complex:
-        detail = f"{theirs} cannot become {mine} without losing its imaginary part"
+        detail = f"{theirs.spec} cannot become {mine.spec} without losing its imaginary part"
         draft.problem(ProblemKind.LOSSY, key, detail, "prepare the model in the file's dtype")
 
 

@@ -192,7 +192,7 @@ def _with_float_model(schema: Schema, float_model: nn.Module | None) -> Schema:
     if float_model is None or not any(entry.optional for entry in schema.values()):
         return schema
     held = set(describe_model(float_model).schema)
-    entries = {k: replace(e, optional="") if e.optional and e.site in held else e for k, e in schema.items()}
+    entries = {k: e._replace(optional="") if e.optional and e.site in held else e for k, e in schema.items()}
     return replace(schema, entries=entries, _by_quantizer={})
 
 

@@ -73,7 +73,7 @@ def _without_prefix(schema: Schema, prefix: str) -> Schema:
     """The same keys, with a leading path taken off the sites of float entries."""
     if not prefix:
         return schema
-    entries = {key: replace(entry, site=entry.site.removeprefix(prefix)) for key, entry in schema.items()}
+    entries = {key: entry._replace(site=entry.site.removeprefix(prefix)) for key, entry in schema.items()}
     fused = tuple(replace(one, host=one.host.removeprefix(prefix)) for one in schema.fused)
     return replace(schema, entries=entries, fused=fused, _by_quantizer={})
 

@@ -6,9 +6,10 @@ that matching and planning ever see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -93,8 +94,7 @@ class Stage(Enum):
     CONVERTED = "converted"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """The meaning of one key.
 
     Args:
@@ -264,9 +264,13 @@ class Schema(Mapping[str, Entry]):
     def items(self) -> ItemsView[str, Entry]:
         return self.entries.items()  # not key by key, as a Mapping does
 
-    def float_keys(self) -> Iterable[str]:
+    def float_keys(self) -> Sequence[str]:
         """Keys whose tensors the unprepared float model holds too."""
-        return (key for key, entry in self.entries.items() if entry.role.is_float_entry)
+        return self._float_keys
+
+    @cached_property
+    def _float_keys(self) -> Sequence[str]:
+        return [key for key, entry in self.entries.items() if entry.role.is_float_entry]
 
     def by_quantizer(self) -> Mapping[str, list[str]]:
         """Quantizer name -> the keys of its state."""

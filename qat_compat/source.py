@@ -174,7 +174,7 @@ def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:
         schema = with_sites(schema, {str(key): str(site) for key, site in sites.items()})
     aliases = record.get("aliases")
     if isinstance(aliases, Mapping):  # one quantizer under several names is one quantizer
-        entries = {k: replace(e, quantizer=str(aliases.get(e.quantizer, e.quantizer))) for k, e in schema.items()}
+        entries = {k: e._replace(quantizer=str(aliases.get(e.quantizer, e.quantizer))) for k, e in schema.items()}
         schema = replace(schema, entries=entries, _by_quantizer={})
     grids = record.get("grids")
     if isinstance(grids, Mapping):

@@ -14,7 +14,7 @@ from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, 
 from qat_compat.frameworks import Description, Quantizer, Reduction
 from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors
 from qat_compat.names import canonical
-from qat_compat.plan import Copy, Derive, How, Plan, Synthesize
+from qat_compat.plan import Copy, Derive, Drop, How, Keep, Plan, Synthesize
 from qat_compat.ranges import RangeOver
 from qat_compat.schema import Role, Spec
 from qat_compat.source import Source, forms_of
@@ -25,6 +25,7 @@ from qat_compat.terms import written
 __all__ = ["Reading", "Staged", "stage"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_CPU = torch.device("cpu")
 _STREAMED = ("cpu", "cuda")  # devices that a file is read onto; others get copies of the mapping
 
 
@@ -116,8 +117,10 @@ def stage(plan: Plan, reading: Reading) -> Staged:
 def _refuse_distributed(plan: Plan, slots: Mapping[str, Slot]) -> None:
     """A step fills a whole tensor; of a DTensor this process may hold a part, in memory that FSDP manages."""
     for step in plan.steps:
-        filled = isinstance(step, (Copy, Derive, Synthesize)) and step.key in slots
-        target: Any = slots[step.key].tensor if filled else None
+        slot = slots.get(step.key)
+        if slot is None or type(slot.tensor) in _PLAIN or isinstance(step, (Keep, Drop)):
+            continue
+        target: Any = slot.tensor
         if hasattr(target, "to_local") and hasattr(target, "placements"):
             raise CompatError(
                 "the model is distributed already (DTensor)",
@@ -231,7 +234,7 @@ class _Stager:
         return True
 
     def _to_read(self, slot: Slot, spec: Spec, extent: Extent, target: Tensor) -> Read:
-        wanted = {reduction for key in slot.keys for reduction in self.reductions.get(key, ())}
+        wanted = {one for key in slot.keys for one in self.reductions.get(key, ())} if self.reductions else None
         if not wanted or not RangeOver.takes(target.dtype) or not target.dim():
             return Read(extent, spec.dtype, target)
         found = {one: RangeOver(None if one.axis is None else one.axis % target.dim()) for one in wanted}
@@ -246,7 +249,7 @@ class _Stager:
     def _device(self, slot: Slot) -> torch.device:
         """Where the model has the tensor, or will have it."""
         target = slot.tensor
-        return (self.reading.device or torch.device("cpu")) if target.is_meta else target.device
+        return (self.reading.device or _CPU) if target.is_meta else target.device
 
     def _is_in_place(self, slot: Slot) -> bool:
         return self.reading.inplace and slot.is_parameter and not slot.tensor.is_meta

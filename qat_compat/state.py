@@ -117,21 +117,39 @@ def collect_slots(model: nn.Module) -> dict[str, Slot]:
         >>> list(slots), slots["0.weight"] is slots["1.weight"]
         (['0.weight', '1.weight'], True)
     """
-    found: dict[Hashable, list[tuple[str, nn.Module, str, Tensor, bool]]] = {}
-    order: list[tuple[str, Hashable]] = []
+    by_address: dict[int, list[_Row]] = {}
+    keys: list[str] = []
     for path, module in modules_of(model):
         hidden = module._non_persistent_buffers_set
         for own in (module._parameters, module._buffers):
             for name, tensor in own.items():
                 if tensor is not None:
-                    key, ident = join_path(path, name), memory_of(tensor)
-                    found.setdefault(ident, []).append((key, module, name, tensor, name not in hidden))
-                    order.append((key, ident))
-    slots = {ident: _slot(rows) for ident, rows in found.items()}
-    return {key: slots[ident] for key, ident in order}
+                    key = join_path(path, name)
+                    by_address.setdefault(_address(tensor), []).append((key, module, name, tensor, name not in hidden))
+                    keys.append(key)
+    slots: dict[str, Slot] = {}
+    for rows in by_address.values():
+        if len(rows) == 1:  # nearly always
+            slots[rows[0][0]] = _slot(rows)
+            continue
+        same: dict[Hashable, list[_Row]] = {}
+        for row in rows:  # what begins at one address may still be several views
+            same.setdefault(memory_of(row[3]), []).append(row)
+        for tied in same.values():
+            slots.update(dict.fromkeys([row[0] for row in tied], _slot(tied)))
+    return {key: slots[key] for key in keys}
 
 
-def _slot(rows: list[tuple[str, nn.Module, str, Tensor, bool]]) -> Slot:
+_Row = tuple[str, nn.Module, str, Tensor, bool]  # key, owner, name, tensor, persistent
+
+
+def _address(tensor: Tensor) -> int:
+    """A number that tensors of the same memory have in common: the quick half of :func:`memory_of`."""
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and not tensor.is_meta
+    return (tensor.data_ptr() if plain else 0) or id(tensor)
+
+
+def _slot(rows: list[_Row]) -> Slot:
     if len(rows) == 1:  # nearly always
         ((key, module, name, tensor, kept),) = rows
         return Slot((key,), ((module, name),), isinstance(tensor, nn.Parameter), kept, (tensor,))

@@ -81,16 +81,16 @@ def unfold(
         if stale and not (convolution and source.doubtful.issuperset(stale)):
             continue  # the source has this normalization: it was not folded
         for origin in stale:
-            entries[origin] = replace(entries[origin], role=Role.CONSTANT, optional=_OUT_OF_USE)
+            entries[origin] = entries[origin]._replace(role=Role.CONSTANT, optional=_OUT_OF_USE)
         bias = biases.get(join_path(split_path(source[weight].site)[0], "bias"))
         for leaf, key in norm.keys.items():
             name = f"identity:{key}"
             recipe = _recipe(leaf, target[key], norm, _bias(source, bias) if bias not in taken else None)
-            entries[name] = replace(target[key], site=name, quantizer="", optional="")
+            entries[name] = target[key]._replace(site=name, quantizer="", optional="")
             recipes[name] = recipe
             found.pairs[key] = (name, "folded normalization")
         if bias is not None and bias not in taken:
-            entries[bias] = replace(entries[bias], role=Role.CONSTANT, optional=f"moved into {norm.path}")
+            entries[bias] = entries[bias]._replace(role=Role.CONSTANT, optional=f"moved into {norm.path}")
             taken.add(bias)
     doubtful = frozenset() if evidence else source.doubtful
     return replace(source, entries=entries, recipes=recipes, doubtful=doubtful, _by_quantizer={})

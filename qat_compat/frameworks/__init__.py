@@ -224,7 +224,7 @@ def _rename(path: str, renamed: Mapping[str, str]) -> str:
 
 def with_sites(schema: Schema, sites: Mapping[str, str]) -> Schema:
     """The same schema with the sites that were written down when its file was saved."""
-    entries = {key: replace(entry, site=sites[key]) if key in sites else entry for key, entry in schema.entries.items()}
+    entries = {key: entry._replace(site=sites[key]) if key in sites else entry for key, entry in schema.entries.items()}
     moved = {split_path(key)[0] for key in sites if key in schema and schema[key].role.is_float_entry}
     return replace(
         schema,

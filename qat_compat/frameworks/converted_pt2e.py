@@ -71,9 +71,9 @@ class ConvertedPT2E(KeyedFramework):
             if leaf == _NEW_BIAS:
                 entries[key] = plain_entry(join_path(parent, "bias"), entry.spec)
             elif isinstance(folded, Sequence) and parent in folded:
-                entries[key] = replace(entry, role=Role.CONSTANT, optional=FOLDED)
+                entries[key] = entry._replace(role=Role.CONSTANT, optional=FOLDED)
             elif entry.role is Role.PACKED and key not in used:
-                entries[key] = replace(entry, role=Role.CONSTANT, optional=_COMPUTED)
+                entries[key] = entry._replace(role=Role.CONSTANT, optional=_COMPUTED)
         norms = {split_path(key)[0] for key in entries if folded is None and split_path(key)[1] == "running_mean"}
         doubtful = frozenset(key for key in entries if split_path(key)[0] in norms)
         return replace(schema, entries=entries, recorded=folded is not None, doubtful=doubtful, _by_quantizer={})

@@ -140,7 +140,7 @@ class FX(TorchAO):
     def describe_keys(self, view: KeyView) -> Schema:
         schema = super().describe_keys(view)
         entries = {
-            key: replace(entry, role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
+            key: entry._replace(role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             for key, entry in schema.items()
         }
         return replace(schema, entries=entries, _by_quantizer={})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -79,8 +78,8 @@ class KeyedFramework(Framework):
             if place is None:
                 entry = plain_entry(self.float_site(key, view), spec)
                 if holds_integers({key: spec}):
-                    entry = replace(entry, role=Role.PACKED)
-                entries[key] = replace(entry, role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
+                    entry = entry._replace(role=Role.PACKED)
+                entries[key] = entry._replace(role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             else:
                 entries[key] = Entry(place.site, place.role, *spec, place.quantizer, place.leaf)
         encodings = list(self.encodings(view))

@@ -108,15 +108,15 @@ def _children(view: KeyView) -> dict[str, set[str]]:
 
 def _entry(key: str, entry: Entry, wrapped: set[str], bare: _Names, fused: Mapping[str, Fused]) -> Entry:
     if not entry.quantizer:
-        return entry if split_path(entry.site)[0] in fused else replace(entry, site=bare(entry.site))
+        return entry if split_path(entry.site)[0] in fused else entry._replace(site=bare(entry.site))
     if found := _STUB.match(key):
-        return replace(entry, site=site_of(found["kind"], bare(found["host"] or ""), found["index"]))
+        return entry._replace(site=site_of(found["kind"], bare(found["host"] or ""), found["index"]))
     found = _QUANT.match(key)
     if found and (found["host"] or "") in wrapped:
-        return replace(entry, site=site_of("input", bare(found["host"] or "")))
+        return entry._replace(site=site_of("input", bare(found["host"] or "")))
     kind, _, where = entry.site.partition(":")
     host, plus, after = where.partition("+")
-    return replace(entry, site=f"{site_of(kind, bare(host))}{plus}{after}")
+    return entry._replace(site=f"{site_of(kind, bare(host))}{plus}{after}")
 
 
 class _Names:

@@ -24,6 +24,7 @@ from qat_compat.storage.writing import Contents, as_memory, plain_bytes
 
 __all__ = ["CONTAINER", "write"]
 
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_HEADER = 100_000_000  # as in the format's own reader
 _FRESH_COPY = "the file is corrupt or was cut short; get a fresh copy"
 _DTYPES = {
@@ -177,7 +178,7 @@ def _entries(file: MappedFile, header: dict[str, Any], start: int) -> dict[str, 
 
 
 def _entry(file: MappedFile, name: str, entry: object) -> tuple[Spec, int, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise _bad(file, name, "an entry of the header is malformed", "dtype, shape and data_offsets", str(entry)[:200])
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
@@ -208,7 +209,12 @@ def _entry(file: MappedFile, name: str, entry: object) -> tuple[Spec, int, int]:
 
 
 def _sizes(value: object) -> bool:
-    return isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    if not isinstance(value, list) or len(value) > 64:
+        return False
+    for size in value:  # noqa: SIM110 - this runs for every tensor of a file
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            return False
+    return True
 
 
 def _bad(file: MappedFile, key: str | None, message: str, expected: object, found: object) -> CheckpointError:

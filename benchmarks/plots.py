@@ -35,7 +35,7 @@ def throughput(rows: Sequence[Row], model: str) -> Figure:
     axes.barh(names, speeds, xerr=around, color=colors, ecolor="#24292f", error_kw={"linewidth": 0.8, "capsize": 2})
     floor = max(row["bytes"] / row["floor_s"] / 1e9 for row in chosen)
     axes.axvline(floor, color=_FLOOR, linestyle="--", linewidth=1)
-    axes.annotate("read floor", (floor, -0.6), color=_FLOOR, ha="right", va="bottom", fontsize=8)
+    axes.annotate("read floor ", (floor, -0.6), color=_FLOOR, ha="right", va="bottom", fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(f"GB/s into {model}: median, and range of {chosen[0]['runs']} fresh processes")
     axes.spines[["top", "right"]].set_visible(False)

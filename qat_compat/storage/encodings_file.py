@@ -7,14 +7,11 @@ are never needed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qat_compat.errors import CheckpointError
-from qat_compat.storage.config import leads_outside
-from qat_compat.storage.mapped import MappedFile
+from qat_compat.storage.beside import json_beside
 
 __all__ = ["ENCODINGS", "encodings_beside"]
 
@@ -38,21 +35,10 @@ def encodings_beside(path: Path) -> tuple[dict[str, Any], str]:
         beside = path.with_name(path.stem + ending)
         if path.is_dir() or not beside.exists():
             continue
-        try:
-            found = _read(beside)
-        except (CheckpointError, ValueError, RecursionError) as error:
-            reason = error.message if isinstance(error, CheckpointError) else f"it is not valid JSON ({error})"
-            return {}, f"{beside.name} beside the weights is passed over: {reason}"
+        found, note = json_beside(beside, _MAX_SIZE)
+        if note:
+            return {}, note
         if not isinstance(found, Mapping) or not any(name in found for name in _LISTS):
             return {}, f"{beside.name} beside the weights is passed over: it holds none of {', '.join(_LISTS)}"
         return {"file": beside.name, **found}, ""
     return {}, ""
-
-
-def _read(path: Path) -> Any:
-    if leads_outside(path):
-        raise CheckpointError("it is a link to a file outside its folder")
-    file = MappedFile(path)
-    if file.size > _MAX_SIZE:
-        raise CheckpointError(f"it has {file.size} bytes")
-    return json.loads(file.read(0, file.size).decode())

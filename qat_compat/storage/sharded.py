@@ -9,8 +9,8 @@ from typing import Any
 
 from qat_compat.errors import CheckpointError, LimitError, UnsafeCheckpointError
 from qat_compat.storage import safetensors, torch_legacy, torch_zip
+from qat_compat.storage.beside import leads_outside
 from qat_compat.storage.candidates import weights_of
-from qat_compat.storage.config import leads_outside
 from qat_compat.storage.container import Container, Opened, Source
 from qat_compat.storage.lazy import LazyTensor
 from qat_compat.storage.locate import locate

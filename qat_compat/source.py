@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_compat.conventions import Form
 from qat_compat.encodings import form_from_record, with_encodings
 from qat_compat.errors import CheckpointError, CompatError
-from qat_compat.frameworks import Description, KeyView, beside, describe_keys, describe_model, with_sites
+from qat_compat.frameworks import Description, KeyView, beside, describe_keys, describe_model, is_consulted, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
 from qat_compat.storage import Checkpoint, Extent, open_source
@@ -22,7 +22,6 @@ from qat_compat.storage.dtensor import undistributed
 __all__ = ["Source", "SourceLike", "extra_state", "forms_of", "hidden_state", "open_any"]
 
 Made = TypeVar("Made")
-_MAX_JSON = 4096  # bytes of JSON about one tensor
 SourceLike = str | PathLike[str] | Mapping[str, Any] | nn.Module
 
 
@@ -151,15 +150,8 @@ def _view(specs: Mapping[str, Spec], checkpoint: Checkpoint) -> KeyView:
         checkpoint.attributes,
         config if isinstance(config, Mapping) else {},
         checkpoint.metadata,
-        {key: tuple(checkpoint[key].tolist()) for key, spec in specs.items() if _is_shape(key, spec)},
+        {key: tuple(checkpoint[key].tolist()) for key, spec in specs.items() if is_consulted(key, spec)},
     )
-
-
-def _is_shape(key: str, spec: Spec) -> bool:
-    """Whether a small tensor says what shape another has, whose values are packed."""
-    if ".quant_state.bitsandbytes__" in key:  # JSON as bytes
-        return spec.dtype is torch.uint8 and len(spec.shape) == 1 and spec.shape[0] <= _MAX_JSON
-    return key.endswith("_shape") and spec.dtype in (torch.int32, torch.int64) and spec.shape in ((2,), (3,))
 
 
 def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:

@@ -41,6 +41,7 @@ __all__ = [
     "beside",
     "describe_keys",
     "describe_model",
+    "is_consulted",
     "same_flow",
     "with_sites",
 ]
@@ -70,6 +71,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
 )
 
 
+_CONSULTING = tuple(one for one in FRAMEWORKS if type(one).consults is not Framework.consults)
 _FLOWS = {framework.name: framework.extends or framework.name for framework in FRAMEWORKS}
 
 
@@ -95,6 +97,16 @@ class Description:
     @property
     def slots(self) -> dict[str, Slot]:
         return dict(self.view.slots)
+
+
+def is_consulted(key: str, spec: Spec) -> bool:
+    """Whether some framework needs the numbers in this small tensor to describe the keys.
+
+    Example:
+        >>> is_consulted("fc.weight_shape", Spec((2,), torch.int64)), is_consulted("fc.bias", Spec((2,), torch.float32))
+        (True, False)
+    """
+    return any(framework.consults(key, spec) for framework in _CONSULTING)
 
 
 def describe_keys(view: KeyView) -> Schema:

@@ -221,7 +221,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class KeyView:
-    """What a framework may look at to describe a checkpoint: keys and specs, and of its tensors those that are a shape.
+    """What a framework may look at to describe a checkpoint: keys, specs, and the few tensors that it consults.
 
     Args:
         specs: Key -> shape and dtype.
@@ -231,7 +231,7 @@ class KeyView:
             the attributes of its class, as JSON values; the keys are those of the tensors in it.
         config: `quantization_config` of the `config.json` beside the file.
         metadata: Training state beside the weights, as plain data.
-        shapes: Key of a tensor that says a shape (`fc.weight_shape`, or JSON as bytes) -> its values.
+        numbers: Key of a small tensor that a framework consults (`fc.weight_shape`) -> what it holds.
     """
 
     specs: Mapping[str, Spec]
@@ -240,7 +240,7 @@ class KeyView:
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @cached_property
     def kinds(self) -> list[tuple[str, Spec]]:
@@ -268,6 +268,10 @@ class Framework(ABC):
     @abstractmethod
     def owns_model(self, view: ModelView) -> bool:
         """Whether the model holds quantizers of this framework."""
+
+    def consults(self, key: str, spec: Spec) -> bool:
+        """Whether the keys cannot be described without the numbers in this small tensor."""
+        return False
 
     @abstractmethod
     def owns_keys(self, view: KeyView) -> bool:

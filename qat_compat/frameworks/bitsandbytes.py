@@ -29,6 +29,8 @@ from qat_compat.state import join_path, split_path
 __all__ = ["BitsAndBytes"]
 
 _STATE = ".quant_state.bitsandbytes__"
+_KINDS = ("nf4", "fp4")
+_MAX_STATE = 4096  # bytes of JSON about one tensor
 _PARTS: Mapping[str, Role] = {
     "absmax":            Role.SCALE,
     "quant_map":         Role.CONSTANT,
@@ -46,6 +48,9 @@ class BitsAndBytes(KeyedFramework):
 
     def stage(self, view: KeyView) -> Stage:
         return Stage.CONVERTED
+
+    def consults(self, key: str, spec: Spec) -> bool:
+        return _STATE in key and spec.dtype is torch.uint8 and len(spec.shape) == 1 and spec.shape[0] <= _MAX_STATE
 
     def owns_keys(self, view: KeyView) -> bool:
         return any(
@@ -96,7 +101,8 @@ def _from_rows(values: Tensor, magnitude: Tensor, layout: Tensor | None = None) 
 
 
 def _decode_codes(name: str, view: KeyView) -> Decoded | str:
-    state = next((_state(said) for key, said in view.shapes.items() if key.startswith(name + _STATE)), None)
+    said = next((view.numbers[key] for kind in _KINDS if (key := f"{name}{_STATE}{kind}") in view.numbers), None)
+    state = _state(said) if said is not None else None
     parts = {part: f"{name}.{part}" for part in _PARTS if f"{name}.{part}" in view.specs}
     if state is None or name not in view.specs or "quant_map" not in parts:
         return "its quant_state, which says its shape, or its quant_map is missing or malformed"

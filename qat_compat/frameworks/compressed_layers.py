@@ -109,7 +109,7 @@ def _layer(name: str, view: KeyView, known: Groups) -> _Layer:
     static = join_path(split_path(name)[0], "input_scale") in view.specs
     inputs = {"static"} if static else {_inputs(group.get("input_activations")) for group in groups} or {""}
     return _Layer(
-        name, keys, specs, tuple(schemes), view.shapes.get(f"{name}_shape"), inputs.pop() if len(inputs) == 1 else "?"
+        name, keys, specs, tuple(schemes), view.numbers.get(f"{name}_shape"), inputs.pop() if len(inputs) == 1 else "?"
     )
 
 

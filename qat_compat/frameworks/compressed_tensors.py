@@ -43,6 +43,9 @@ class CompressedTensors(KeyedFramework):
         kind, role = LEAVES[leaf]
         return Place(join_path(parent, kind), site_of(kind, parent), leaf.removeprefix(f"{kind}_"), role)
 
+    def consults(self, key: str, spec: Spec) -> bool:
+        return key.endswith("_shape") and spec.dtype in (torch.int32, torch.int64) and spec.shape in ((2,), (3,))
+
     def owns_keys(self, view: KeyView) -> bool:
         if view.config.get("quant_method") == _METHOD and super().owns_keys(view):
             return True

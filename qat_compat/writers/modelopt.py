@@ -13,6 +13,7 @@ import contextlib
 import copy
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,8 +141,7 @@ def _ranges(job: Job, model: nn.Module) -> list[_Range]:
         Problem(ProblemKind.LOSSY, name, one, "write it as float") for name, one in made.items() if isinstance(one, str)
     ]
     found = [one for one in made.values() if isinstance(one, _Range)]
-    names = [one.name for one in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(one.name for one in found).items() if count > 1)
     problems += [Problem(ProblemKind.AMBIGUOUS, name, "two quantizers of the source are there") for name in twice]
     if not found and not problems:
         detail = "nothing says to which integers its values are rounded"

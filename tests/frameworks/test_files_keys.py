@@ -213,7 +213,7 @@ def test_layers_that_a_configuration_names_are_looked_at_once() -> None:
     group = {"targets": [f"layers.{i}" for i in range(count)], "weights": {"num_bits": 4, "strategy": "channel"}}
     shapes = {f"layers.{i}.weight_shape": (6, 64) for i in range(count)}
     config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
-    assert len(describe_keys(KeyView(specs, config=config, shapes=shapes)).roundings) == count
+    assert len(describe_keys(KeyView(specs, config=config, numbers=shapes)).roundings) == count
 
 
 def test_the_checkpoint_says_framework_and_stage() -> None:

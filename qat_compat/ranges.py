@@ -24,7 +24,7 @@ __all__ = ["RangeOver", "value_range"]
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 _BLOCK = 1 << 20  # bytes that are still in the cache for the second maximum
-_THREADED = 8 << 20  # bytes from which threads pay
+_TASK = 4 << 20  # bytes that one thread takes at a time; from two such on, threads pay
 _INTEGERS: dict[torch.dtype, tuple[torch.dtype, Any, Any]] = {
     torch.float64: (torch.int64, np.int64, np.uint64),
     torch.float32: (torch.int32, np.int32, np.uint32),
@@ -59,58 +59,121 @@ def value_range(value: Tensor, axis: int | None = None, group: int | None = None
     if dense is None:
         return _by_torch(value, axis)
     rows, axis = dense
-    found = RangeOver(axis)
-    step = max(1, _BLOCK * len(rows) // rows.nbytes)
-    threads = THREADS if rows.nbytes >= _THREADED else 1
-    in_threads((partial(found.add, at, rows[at : at + step]) for at in range(0, len(rows), step)), threads)
+    found = RangeOver(rows, axis)
+    step = max(1, _TASK * len(rows) // rows.nbytes)
+    threads = THREADS if rows.nbytes >= 2 * _TASK else 1
+    in_threads((partial(found.look, at, at + step) for at in range(0, len(rows), step)), threads)
     return found.result()
 
 
 class RangeOver:
-    """The range of a tensor of which blocks of rows come in any order, from any thread.
+    """The range of a tensor at which one looks block by block, in any order, from any thread.
 
     Example:
         >>> import torch
-        >>> found = RangeOver(axis=0)
-        >>> found.add(1, torch.tensor([[4.0, 5.0]]))
-        >>> found.add(0, torch.tensor([[-1.0, 2.0]]))
+        >>> found = RangeOver(torch.tensor([[-1.0, 2.0], [4.0, 5.0]]), axis=0)
+        >>> found.look(1, 2)
+        >>> found.look(0, 1)
         >>> found.result()
         (tensor([-1.,  4.]), tensor([2., 5.]))
 
     Args:
+        values: Contiguous, of one of the four floating-point dtypes, with at least one dimension; they need to be there
+            only when they are looked at, and when the result is asked for.
         axis: The axis that is kept, not negative; None for one range of all.
     """
 
-    def __init__(self, axis: int | None) -> None:
-        self.axis = axis
-        self._parts: list[tuple[int, Tensor, Tensor]] = []
+    def __init__(self, values: Tensor, axis: int | None) -> None:
+        self._values = values.detach()
+        self._axis = axis
+        self._bits = _Bits(self._values, axis) if values.is_cpu else None
+        self._ends: list[tuple[Tensor, Tensor]] = []  # of blocks on another device
 
     @staticmethod
     def takes(dtype: torch.dtype) -> bool:
-        """Whether values of this dtype can be added."""
+        """Whether the range of values of this dtype can be told."""
         return dtype in _INTEGERS
 
-    def add(self, first: int, rows: Tensor) -> None:
-        """Look at a block.
-
-        Args:
-            first: Number of its first row.
-            rows: Contiguous, of one of the four floating-point dtypes; dimension 0 may be a part only.
-        """
-        low, high = _ends(rows, self.axis) if rows.is_cpu else _by_torch(rows, self.axis)
-        self._parts.append((first, low.view(-1), high.view(-1)))
+    def look(self, first: int, end: int) -> None:
+        """Look at the rows (of dimension 0) from `first` to before `end`, or to the last."""
+        if self._bits is not None:
+            self._bits.look(first, end)
+        else:
+            self._ends.append(_by_torch(self._values[first:end], self._axis))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest values of all blocks."""
-        parts = sorted(self._parts, key=lambda part: part[0])
-        lows, highs = [low for _, low, _ in parts], [high for _, _, high in parts]
-        if len(parts) == 1:
-            low, high = lows[0], highs[0]
-        elif self.axis == 0:
-            return torch.cat(lows), torch.cat(highs)
+        """The smallest and the largest values of all blocks, when each row has been looked at once."""
+        if self._bits is not None:
+            return self._bits.result()
+        ((low, high),) = self._ends  # a device is shown whole tensors
+        return low, high
+
+
+class _Bits:
+    """Both ends of a range, from two integer maxima over the bits of its values."""
+
+    def __init__(self, values: Tensor, axis: int | None) -> None:
+        integer, signed, unsigned = _INTEGERS[values.dtype]
+        self.dtype, self.axis, self.shape = values.dtype, axis, tuple(values.shape)
+        self.rows: _Array = values.view(integer).view(len(values), -1).numpy()
+        self.signed, self.unsigned = signed, unsigned
+        self.sign = unsigned(1) << unsigned(8 * self.rows.itemsize - 1)
+        self.infinity = unsigned(torch.tensor(math.inf, dtype=values.dtype).view(integer).item())
+        # with a range per row each block has its own place in these; else it is one more part
+        self.most: _Array = np.empty(len(values) if axis == 0 else 0, signed)
+        self.least: _Array = np.empty(len(self.most), unsigned)
+        self.parts: list[tuple[_Array, _Array]] = []
+
+    def look(self, first: int, end: int) -> None:
+        step = max(1, _BLOCK // (self.rows.shape[1] * self.rows.itemsize))
+        for at in range(first, min(end, len(self.rows)), step):
+            block = slice(at, min(end, at + step))
+            rows = self.rows[block]
+            if self.axis == 0:
+                np.maximum.reduce(rows, axis=1, out=self.most[block])
+                np.maximum.reduce(rows.view(self.unsigned), axis=1, out=self.least[block])
+            else:
+                most = self._reduced(rows, np.maximum)
+                self.parts.append((most, self._reduced(rows.view(self.unsigned), np.maximum)))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if self.axis == 0:
+            most, least = self.most, self.least
         else:
-            low, high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
-        return (low, high) if self.axis is not None else (low.view(()), high.view(()))
+            most = np.maximum.reduce([most for most, _ in self.parts])
+            least = np.maximum.reduce([least for _, least in self.parts])
+        nan = (most > self.infinity.astype(self.signed)) | (least > (self.sign | self.infinity))
+        low, high = least.view(self.signed), most
+        # nothing negative: the smallest is the smallest as an integer; nothing else: the largest is the negative one of
+        # smallest size
+        unsigned = self.rows.view(self.unsigned)
+        for end, odd, rows in ((low, least < self.sign, self.rows), (high, most < 0, unsigned)):
+            if odd.any():
+                end[odd] = self._smallest(rows, odd).view(self.signed)
+        ends = [torch.from_numpy(end).view(self.dtype) for end in (low, high)]
+        if nan.any():
+            ends = [end.masked_fill(torch.from_numpy(nan), math.nan) for end in ends]
+        if self.axis is None:
+            ends = [end.view(()) for end in ends]
+        return ends[0], ends[1]
+
+    def _smallest(self, rows: _Array, wanted: _Array) -> _Array:
+        """The smallest integer of each channel that is wanted."""
+        if self.axis != 0:
+            return self._reduced(rows, np.minimum)[wanted]
+        step = max(1, _BLOCK // (rows.shape[1] * rows.itemsize))
+        numbers = np.flatnonzero(wanted)
+        pieces = [rows[numbers[at : at + step]] for at in range(0, len(numbers), step)]
+        return np.concatenate([np.minimum.reduce(piece, axis=1) for piece in pieces])
+
+    def _reduced(self, rows: _Array, how: np.ufunc) -> _Array:
+        """Reduce all but the axis; shape `(channels,)`."""
+        if self.axis is None:
+            found: _Array = how.reduce(rows.reshape(1, -1), axis=1)
+            return found
+        before, channels = len(rows) * math.prod(self.shape[1 : self.axis]), self.shape[self.axis]
+        # whole rows at first, which are long
+        return how.reduce(how.reduce(rows.reshape(before, -1), axis=0).reshape(channels, -1), axis=1)  # type: ignore[no-any-return]
 
 
 def _dense(value: Tensor, axis: int | None) -> tuple[Tensor, int | None] | None:
@@ -136,33 +199,3 @@ def _by_torch(value: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
         return low, high
     others = [dim for dim in range(value.dim()) if dim != axis % value.dim()]
     return (value.amin(others), value.amax(others)) if others else (value, value)
-
-
-def _ends(rows: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    """Both ends of a block, NaN where it holds NaN; shape `(channels,)`."""
-    integer, signed_type, unsigned_type = _INTEGERS[rows.dtype]
-    signed = rows.view(integer).numpy()
-    unsigned = signed.view(unsigned_type)
-    sign = unsigned_type(1) << unsigned_type(8 * signed.itemsize - 1)
-    most, least = _reduced(signed, axis, np.maximum), _reduced(unsigned, axis, np.maximum)
-    low, high = least.view(signed_type), most
-    if (least < sign).any():  # nothing negative: the smallest is the smallest as an integer
-        low = np.where(least < sign, _reduced(signed, axis, np.minimum), low)
-    if (most < 0).any():  # nothing else: the largest is the negative one of smallest size
-        high = np.where(most < 0, _reduced(unsigned, axis, np.minimum).view(signed_type), high)
-    infinity = unsigned_type(torch.tensor(math.inf, dtype=rows.dtype).view(integer).item())
-    odd = (most > infinity.astype(signed_type)) | (least > (sign | infinity))
-    ends = [torch.from_numpy(np.ascontiguousarray(end)).view(rows.dtype) for end in (low, high)]
-    if odd.any():
-        ends = [end.masked_fill(torch.from_numpy(odd), math.nan) for end in ends]
-    return ends[0], ends[1]
-
-
-def _reduced(values: _Array, axis: int | None, how: np.ufunc) -> _Array:
-    """Reduce all but one axis; shape `(channels,)`."""
-    if axis is not None and axis > 0:
-        before, channels = math.prod(values.shape[:axis]), values.shape[axis]
-        # whole rows at first, which are long
-        values = how.reduce(values.reshape(before, -1), axis=0).reshape(channels, -1)
-    rows: _Array = how.reduce(values.reshape(1 if axis is None else len(values), -1), axis=1)
-    return rows

@@ -237,12 +237,12 @@ class _Stager:
         wanted = {one for key in slot.keys for one in self.reductions.get(key, ())} if self.reductions else None
         if not wanted or not RangeOver.takes(target.dtype) or not target.dim():
             return Read(extent, spec.dtype, target)
-        found = {one: RangeOver(None if one.axis is None else one.axis % target.dim()) for one in wanted}
+        found = {one: RangeOver(target, None if one.axis is None else one.axis % target.dim()) for one in wanted}
         self.staged.ranges.update({one: (target, over) for one, over in found.items()})
 
-        def each(first: int, rows: Tensor) -> None:
+        def each(first: int, end: int) -> None:
             for over in found.values():
-                over.add(first, rows)
+                over.look(first, end)
 
         return Read(extent, spec.dtype, target, each)
 

@@ -5,17 +5,29 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 
 __all__ = ["THREADS", "in_threads"]
 
 THREADS = min(4, os.cpu_count() or 1)  # more gain nothing: memory is the limit
 
 
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads that are there from their first use on: starting some costs more than looking at a few MiB."""
+    return ThreadPoolExecutor(max(1, THREADS - 1), thread_name_prefix="qat_compat")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has only the thread that forked
+
+
 def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) -> None:
     """Run tasks in their order, several at a time; the first error stops those that have not begun and is raised.
 
-    Whatever happens, an interrupt included, no task is running any more on return.
+    The calling thread is one of them. Whatever happens, an interrupt included, no task is running any more on return.
+    A task must not call this function.
 
     Example:
         >>> found = []
@@ -43,10 +55,14 @@ def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) ->
             stop.set()
             raise
 
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for done in [pool.submit(work) for _ in range(threads)]:
-                done.result()
-        except BaseException:
-            stop.set()
-            raise
+    helping: list[Future[None]] = []
+    try:
+        for _ in range(threads - 1):
+            helping.append(_helpers().submit(work))
+        work()
+        for helper in helping:
+            if not helper.cancel():  # one that has not begun, behind the work of another caller, is not waited for
+                helper.result()
+    finally:
+        stop.set()
+        wait([helper for helper in helping if not helper.cancel()])

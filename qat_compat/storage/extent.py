@@ -45,14 +45,14 @@ class Read:
         dtype: What they are.
         target: Where they go: contiguous, on the CPU or a CUDA device, of the same shape; of another dtype where a
             conversion is wanted.
-        each: Called with the number of the first row (of dimension 0) and the rows, when they have been read; by any
-            thread, in any order.
+        each: Called with the number of a first row (of dimension 0) and of the one behind the last, when these rows of
+            the target have been read and are still in the cache; by any thread, in any order.
     """
 
     extent: Extent
     dtype: torch.dtype
     target: Tensor
-    each: Callable[[int, Tensor], None] | None = None
+    each: Callable[[int, int], object] | None = None
 
     @property
     def is_plain(self) -> bool:

@@ -192,7 +192,7 @@ class _Ring:
             if part.read.each is not None and not left[id(part.read)]:
                 looks.wait_event(slot.copied)
                 with torch.no_grad(), self.module.stream(looks):
-                    part.read.each(0, part.read.target if part.read.target.dim() else part.read.target.view(1))
+                    part.read.each(0, len(part.read.target))
 
 
 def _copy(slot: Tensor, parts: Sequence[_Part], device: torch.device) -> None:

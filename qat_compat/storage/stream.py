@@ -20,7 +20,7 @@ from qat_compat.threads import THREADS, in_threads
 
 __all__ = ["read_all"]
 
-_ROWS = 1 << 20  # bytes of rows that are still in the cache when they are looked at again
+_ROWS = 512 << 10  # bytes of rows that are still in the cache when they are looked at twice more
 _VECTORS = 512  # buffers of one system call; systems allow 1024
 
 
@@ -60,10 +60,10 @@ def _tasks(ordered: Sequence[Read]) -> Iterator[Callable[[], None]]:
     yield from _gathers([r for r in ordered if r.is_plain])
     for read in ordered:
         if not read.is_plain:
-            rows = read.target if read.target.dim() else read.target.view(1)
-            step = max(1, _ROWS * len(rows) // read.extent.nbytes)
-            for first in range(0, len(rows), step):
-                yield partial(_rows, read, first, rows[first : first + step])
+            count = len(read.target) if read.target.dim() else 1
+            step = max(1, BLOCK * count // read.extent.nbytes)
+            for first in range(0, count, step):
+                yield partial(_fill_rows, read, first, min(first + step, count))
 
 
 def _gathers(reads: Sequence[Read]) -> Iterator[Callable[[], None]]:
@@ -93,16 +93,22 @@ def _gathers(reads: Sequence[Read]) -> Iterator[Callable[[], None]]:
         yield partial(file.read_into, start, buffers)
 
 
-def _rows(read: Read, first: int, target: Tensor) -> None:
-    """Some rows: read, converted where the dtypes differ, and looked at while they are in the cache."""
-    extent = read.extent
-    length = target.numel() * read.dtype.itemsize
-    offset = extent.start + first * (length // max(len(target), 1))
-    if read.dtype == target.dtype:
-        extent.file.read_into(offset, [bytes_of(target)])
-    else:
-        found = torch.empty(target.shape, dtype=read.dtype)
-        extent.file.read_into(offset, [bytes_of(found)])
-        target.copy_(found)
-    if read.each is not None:
-        read.each(first, target)
+def _fill_rows(read: Read, first: int, end: int) -> None:
+    """Some rows, a few at a time: converted where the dtypes differ, and looked at while they are in the cache."""
+    extent, target = read.extent, read.target if read.target.dim() else read.target.view(1)
+    length = extent.nbytes // len(target)
+    step = max(1, _ROWS // length)
+    memory = bytes_of(target)
+    found = None
+    if read.dtype != target.dtype:
+        found = torch.empty((min(step, end - first), *target.shape[1:]), dtype=read.dtype)
+        memory = bytes_of(found)
+    for at in range(first, end, step):
+        rows = min(step, end - at)
+        if found is None:
+            extent.file.read_into(extent.start + at * length, [memory[at * length : (at + rows) * length]])
+        else:
+            extent.file.read_into(extent.start + at * length, [memory[: rows * length]])
+            target[at : at + rows].copy_(found[:rows])
+        if read.each is not None:
+            read.each(at, at + rows)

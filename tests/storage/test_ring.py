@@ -211,8 +211,9 @@ def test_whole_tensors_are_looked_at_once_each(tmp_path: Path, device: torch.dev
     file, start = MappedFile(path), 0
     reads, ranges = [], []
     for value in values:
-        over = RangeOver(0)
-        reads.append(Read(Extent(file, start, value.nbytes), value.dtype, torch.zeros_like(value), over.add))
+        target = torch.zeros_like(value)
+        over = RangeOver(target, 0)
+        reads.append(Read(Extent(file, start, value.nbytes), value.dtype, target, over.look))
         ranges.append(over)
         start += value.nbytes
     ring.fill_through_ring(reads, device)

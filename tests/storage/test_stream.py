@@ -81,12 +81,17 @@ def test_a_wider_dtype_is_made_on_the_way(tmp_path: Path, shape: tuple[int, ...]
     path = tmp_path / "narrow"
     path.write_bytes(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     target = torch.zeros(shape, dtype=dtype)
-    seen: list[tuple[int, Tensor]] = []
+    seen: list[tuple[int, int]] = []
     extent = Extent(MappedFile(path), 0, value.nbytes)
-    read_all([Read(extent, torch.bfloat16, target, lambda first, rows: seen.append((first, rows.clone())))])
+    rows = target.view(-1) if target.dim() == 0 else target
+
+    def each(first: int, end: int) -> None:
+        assert torch.equal(rows[first:end], value.view(rows.shape)[first:end].to(dtype))  # they are there by now
+        seen.append((first, end))
+
+    read_all([Read(extent, torch.bfloat16, target, each)])
     assert torch.equal(target, value.to(dtype))
-    rows = torch.cat([rows for _, rows in sorted(seen, key=lambda pair: pair[0])])
-    assert torch.equal(rows.view(shape), target)
+    assert [row for first, end in sorted(seen) for row in range(first, end)] == list(range(len(rows)))
 
 
 def test_a_file_that_ends_early_or_changes(tmp_path: Path) -> None:

@@ -102,15 +102,18 @@ def touch_memory(nbytes: int) -> None:
 
 
 def floor(path: Path) -> float:
-    """Seconds that the bytes of a file need to where the model is, if nothing else is done: nothing can be faster.
+    """Seconds that the bytes of a file or folder need to where the model is, if nothing else is done.
+
+    Nothing can be faster.
 
     To the CPU they are read, with two threads, into blocks that stay in the cache. To another device they cross the
     bus, from pinned memory; where reading them (with eight threads) takes longer, that is the floor.
     """
-    size = path.stat().st_size
+    files = [one for one in path.iterdir() if one.stat().st_size] if path.is_dir() else [path]
     if _device.type == "cpu":
-        return _read_seconds(path, size, threads=2)
-    return max(_read_seconds(path, size, threads=8), _bus_seconds(size))
+        return sum(_read_seconds(file, file.stat().st_size, threads=2) for file in files)
+    reading = sum(_read_seconds(file, file.stat().st_size, threads=8) for file in files)
+    return max(reading, _bus_seconds(sum(file.stat().st_size for file in files)))
 
 
 def _bus_seconds(size: int) -> float:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 
-__all__ = ["MODELS", "blank", "build", "same_values", "write_files"]
+__all__ = ["MODELS", "blank", "build", "same_values", "size_of", "write_files"]
 
 _PATTERN = 1 << 20  # values after which those of a tensor repeat
+_SHARDS = 4
 
 
 class _LlamaLayer(nn.Module):
@@ -115,11 +119,44 @@ def blank(name: str, device: str | torch.device = "cpu") -> nn.Module:
     return model
 
 
-def write_files(name: str, folder: Path) -> None:
-    """The model's weights as `.safetensors` and `.pt`."""
+def _write_shards(state: dict[str, Tensor], folder: Path) -> None:
+    """As Hugging Face does: neighbours together, and an index that says where each is."""
+    folder.mkdir()
+    names = list(state)
+    step = -(-len(names) // _SHARDS)
+    where: dict[str, str] = {}
+    for number, first in enumerate(range(0, len(names), step), 1):
+        shard = f"model-{number:05}-of-{_SHARDS:05}.safetensors"
+        save_file({key: state[key] for key in names[first : first + step]}, folder / shard)
+        where.update(dict.fromkeys(names[first : first + step], shard))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _write_distributed(state: dict[str, Tensor], folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.save(state, checkpoint_id=folder)
+
+
+# suffix of a file or folder -> how it is written
+_WRITE: Mapping[str, Callable[[dict[str, Tensor], Path], object]] = {
+    "safetensors": save_file,
+    "pt": torch.save,
+    "shards": _write_shards,
+    "dcp": _write_distributed,
+}
+
+
+def write_files(name: str, folder: Path, containers: Iterable[str] = ("safetensors", "pt")) -> None:
+    """The model's weights as files and folders `name.container`."""
     state = dict(build(name).state_dict())
-    save_file(state, folder / f"{name}.safetensors")
-    torch.save(state, folder / f"{name}.pt")
+    for container in dict.fromkeys(containers):
+        _WRITE[container](state, folder / f"{name}.{container}")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(one.stat().st_size for one in (path.iterdir() if path.is_dir() else [path]))
 
 
 def same_values(model: nn.Module, expected: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 
 import qat_compat as qc
 from benchmarks.harness import device
@@ -30,7 +33,7 @@ class Way:
     """One way.
 
     Args:
-        container: Suffix of the file that it reads.
+        container: Suffix of the file or folder that it reads.
         load: Fills the model from the file.
         devices: Types of device where it works.
         package: What it needs besides what the project needs.
@@ -113,6 +116,25 @@ def _instanttensor(model: nn.Module, path: Path) -> None:
         _copied(model, file.tensors())
 
 
+def _shards(model: nn.Module, path: Path) -> None:
+    for shard in sorted(path.glob("*.safetensors")):
+        model.load_state_dict(load_file(shard, device=str(device())), strict=False)
+
+
+def _distributed(model: nn.Module, path: Path) -> None:
+    """Reads into the model's own tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process
+        dcp.load(model.state_dict(), checkpoint_id=path)
+
+
+def _mapped(model: nn.Module, path: Path) -> None:
+    """With the time to touch every page, which a load that copies has spent."""
+    qc.load_checkpoint(model, path, mmap=True, progress=False)
+    for tensor in model.state_dict().values():
+        tensor.view(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+
+
 def _ours(model: nn.Module, path: Path, **options: Any) -> None:
     qc.load_checkpoint(model, path, progress=False, device=device() if model_is_meta(model) else None, **options)
 
@@ -132,9 +154,16 @@ WAYS: Mapping[str, Way] = {
     "qat_compat": Way("safetensors", _ours),
     "qat_compat inplace": Way("safetensors", partial(_ours, inplace=True)),
     "qat_compat into a meta model": Way("safetensors", _ours, meta=True),
+    "qat_compat mmap, and each page touched": Way("safetensors", _mapped, devices=("cpu",)),
     "torch.load + load_state_dict": Way("pt", _torch_load),
     "qat_compat from .pt": Way("pt", _ours),
     "qat_compat from .pt, inplace": Way("pt", partial(_ours, inplace=True)),
+    "load_file of each shard + load_state_dict": Way("shards", _shards),
+    "qat_compat from shards": Way("shards", _ours),
+    "qat_compat from shards, inplace": Way("shards", partial(_ours, inplace=True)),
+    "torch.distributed.checkpoint.load": Way("dcp", _distributed),
+    "qat_compat from DCP": Way("dcp", _ours),
+    "qat_compat from DCP, inplace": Way("dcp", partial(_ours, inplace=True)),
 }
 
 

@@ -144,7 +144,10 @@ def load_checkpoint(
         drop: Globs over source keys to ignore.
         statistic: How activation ranges are chosen: "native", "percentile", "mse" or "entropy".
         inplace: Read straight into the model's own parameters: no second copy, and no way back once reading has begun.
-        mmap: Assign file-backed tensors without a copy, where dtype and device agree.
+        mmap: Assign tensors that lie over the file without a copy, where dtype and device agree. The first write to a
+            page copies it, and none reaches the file. The file must outlive the model unchanged: what another process
+            writes into it may be seen here, and where it cuts the file short, touching the tensor kills this process.
+            A file that is replaced by renaming, as :func:`save_checkpoint` does, is safe.
         device: Where tensors of a meta-device model are made.
         progress: Show progress bars; by default on a terminal only.
 

@@ -161,7 +161,10 @@ def _chosen(plan: Plan, description: Description) -> _Chosen:
 
 
 def _synthesize(plan: Plan, description: Description, driving: Driving, staged: Staged) -> int:
+    if not description.quantizers:
+        return 0
     chosen = _chosen(plan, description)
+    known = {q.name: found for q in chosen.from_weights if (found := staged.range_of(q)) is not None}
     batches = 0
     if chosen.from_data:
         assert driving.data is not None
@@ -172,9 +175,9 @@ def _synthesize(plan: Plan, description: Description, driving: Driving, staged: 
             inputs=driving.inputs,
             statistic=driving.statistic,
             advance=driving.advance,
+            known=known,
         )
     else:
-        known = {q.name: found for q in chosen.from_weights if (found := staged.range_of(q)) is not None}
         observe_weights(chosen.from_weights, known)
     for quantizer in chosen.settled:
         quantizer.settle()
@@ -213,7 +216,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             found=first.detail,
             remedy=first.remedy,
         )
-    meta = [slot.key for slot in {id(s): s for s in description.view.slots.values()}.values() if _is_meta(slot)]
+    meta = [key for key, slot in description.view.slots.items() if key == slot.key and _is_meta(slot)]
     if meta:
         raise PlanError(
             [

@@ -103,7 +103,8 @@ def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, sta
             found=f"{len(description.quantizers)} quantizers",
         )
     with rehearsal(description):
-        weights = [q for q in description.quantizers if q.needs is Needs.WEIGHTS]
+        # what quantizes a weight while data runs changes what the others see
+        weights = [q for q in description.quantizers if q.needs is Needs.WEIGHTS and not q.stands_apart()]
         batches = drive(description, [*weights, *chosen], data, inputs=inputs, statistic=statistic)
         names = {q.name for q in chosen}
         tensors = {

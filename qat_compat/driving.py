@@ -143,6 +143,7 @@ def drive(
     inputs: Inputs | None = None,
     statistic: str = "native",
     advance: Callable[[], None] = lambda: None,
+    known: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> int:
     """Calibrate the chosen quantizers in place; every other one neither observes nor quantizes.
 
@@ -153,6 +154,7 @@ def drive(
         inputs: `callable(batch) -> (args, kwargs)`.
         statistic: "native", or a statistic for activation ranges: "percentile", "mse", "entropy".
         advance: Called after each batch.
+        known: See :func:`observe_weights`.
 
     Returns:
         The number of batches that were run (0 where `data` is a callable).
@@ -170,12 +172,15 @@ def drive(
         )
     seen: set[str] = set()
     histograms = {q.name: RangeHistogram() for q in chosen if statistic != "native" and q.needs is Needs.DATA}
+    running = [q for q in chosen if not q.stands_apart()]
     with _held(description.quantizers):
-        for quantizer in chosen:
+        for quantizer in running:
             quantizer.listen()
-        count = _run(description, chosen, data, seen, histograms, inputs, advance)
-        observe_weights([q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen])
-        for quantizer in chosen:
+        count = _run(description, running, data, seen, histograms, inputs, advance)
+        still = [q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen]
+        observe_weights(still, known)
+        _check_finite(still, {q.name for q in still}, None)
+        for quantizer in running:
             if quantizer.name in seen:
                 quantizer.settle()
             if quantizer.name in histograms:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from qat_compat.threads import THREADS, in_threads
 
-__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors"]
+__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors", "populate"]
 
 _LARGE = 4 << 20  # bytes from which huge pages and threads pay
 _MAPPING = 256 << 20  # tensors share mappings up to this size, so that what is freed early is given back early
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64  # as torch's own allocator
 _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
 
 def fresh_tensors(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
@@ -95,6 +96,24 @@ def bytes_of(tensor: Tensor) -> memoryview:
         [0, 7]
     """
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def populate(tensors: Iterable[Tensor]) -> None:
+    """Have the pages behind tensors over a mapped file in memory and in the page table, where the system can.
+
+    Without it each page costs a fault, and perhaps a wait for the disk, when it is first touched.
+
+    Example:
+        >>> import torch
+        >>> populate([torch.zeros(3)])
+    """
+    if _MADV_HUGEPAGE is None:  # not Linux
+        return
+    advise = ctypes.CDLL(None, use_errno=True).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for tensor in tensors:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(start, tensor.data_ptr() + tensor.nbytes - start, _MADV_POPULATE_READ)  # an older kernel refuses
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -25,6 +25,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 _BLOCK = 1 << 20  # bytes that are still in the cache for the second maximum
 _TASK = 4 << 20  # bytes that one thread takes at a time; from two such on, threads pay
+_SHORT = 512  # elements of a row to which calling a loop costs more than running it
 _INTEGERS: dict[torch.dtype, tuple[torch.dtype, Any, Any]] = {
     torch.float64: (torch.int64, np.int64, np.uint64),
     torch.float32: (torch.int32, np.int32, np.uint32),
@@ -50,16 +51,15 @@ def value_range(value: Tensor, axis: int | None = None, group: int | None = None
         group: Number of neighbours along the last axis that share a range; both results have shape
             `(*value.shape[:-1], value.shape[-1] // group)`.
     """
-    if group is not None:
-        rows = value.reshape(-1, group)
-        low, high = value_range(rows, 0)
+    dense = _dense(value if group is None else value.contiguous(), axis)
+    if dense is None and group is not None:
+        low, high = _by_torch(value.reshape(-1, group), 0)
         shape = (*value.shape[:-1], value.shape[-1] // group)
         return low.view(shape), high.view(shape)
-    dense = _dense(value, axis)
     if dense is None:
         return _by_torch(value, axis)
     rows, axis = dense
-    found = RangeOver(rows, axis)
+    found = RangeOver(rows, axis, group)
     step = max(1, _TASK * len(rows) // rows.nbytes)
     threads = THREADS if rows.nbytes >= 2 * _TASK else 1
     in_threads((partial(found.look, at, at + step) for at in range(0, len(rows), step)), threads)
@@ -81,12 +81,20 @@ class RangeOver:
         values: Contiguous, of one of the four floating-point dtypes, with at least one dimension; they need to be there
             only when they are looked at, and when the result is asked for.
         axis: The axis that is kept, not negative; None for one range of all.
+        group: Number of neighbours along the last axis that share a range.
     """
 
-    def __init__(self, values: Tensor, axis: int | None) -> None:
-        self._values = values.detach()
-        self._axis = axis
-        self._bits = _Bits(self._values, axis) if values.is_cpu else None
+    def __init__(self, values: Tensor, axis: int | None, group: int | None = None) -> None:
+        values = values.detach()
+        self._identity = values.data_ptr(), values.shape, values.stride()
+        self._shape = () if axis is None else (values.shape[axis],)
+        self._pieces = 1  # of each row
+        if group is not None:
+            self._shape = (*values.shape[:-1], values.shape[-1] // group)
+            self._pieces = math.prod(self._shape[1:])
+            values, axis = values.view(-1, group), 0
+        self._values, self._axis = values, axis
+        self._bits = _Bits(values, axis) if values.is_cpu else None
         self._ends: list[tuple[Tensor, Tensor]] = []  # of blocks on another device
 
     @staticmethod
@@ -96,17 +104,23 @@ class RangeOver:
 
     def look(self, first: int, end: int) -> None:
         """Look at the rows (of dimension 0) from `first` to before `end`, or to the last."""
+        first, end = first * self._pieces, end * self._pieces
         if self._bits is not None:
             self._bits.look(first, end)
         else:
             self._ends.append(_by_torch(self._values[first:end], self._axis))
 
+    def is_of(self, values: Tensor) -> bool:
+        """Whether these are the values that were looked at: the same shape over the same memory."""
+        return (values.data_ptr(), values.shape, values.stride()) == self._identity
+
     def result(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest values of all blocks, when each row has been looked at once."""
         if self._bits is not None:
-            return self._bits.result()
-        ((low, high),) = self._ends  # a device is shown whole tensors
-        return low, high
+            low, high = self._bits.result()
+        else:
+            ((low, high),) = self._ends  # a device is shown whole tensors
+        return low.view(self._shape), high.view(self._shape)
 
 
 class _Bits:
@@ -129,7 +143,15 @@ class _Bits:
         for at in range(first, min(end, len(self.rows)), step):
             block = slice(at, min(end, at + step))
             rows = self.rows[block]
-            if self.axis == 0:
+            if self.axis == 0 and rows.shape[1] < _SHORT:
+                # numpy calls its inner loop once for each row, torch makes one of many short ones; it has no unsigned
+                # integers, but those with the first bit turned over are in the order of signed ones
+                values = torch.from_numpy(rows)
+                torch.amax(values, 1, out=torch.from_numpy(self.most[block]))
+                least = self.least[block].view(self.signed)
+                torch.amax(values.bitwise_xor(int(self.sign.view(self.signed))), 1, out=torch.from_numpy(least))
+                np.bitwise_xor(least, self.sign.view(self.signed), out=least)
+            elif self.axis == 0:
                 np.maximum.reduce(rows, axis=1, out=self.most[block])
                 np.maximum.reduce(rows.view(self.unsigned), axis=1, out=self.least[block])
             else:
@@ -153,8 +175,6 @@ class _Bits:
         ends = [torch.from_numpy(end).view(self.dtype) for end in (low, high)]
         if nan.any():
             ends = [end.masked_fill(torch.from_numpy(nan), math.nan) for end in ends]
-        if self.axis is None:
-            ends = [end.view(()) for end in ends]
         return ends[0], ends[1]
 
     def _smallest(self, rows: _Array, wanted: _Array) -> _Array:

@@ -69,19 +69,19 @@ class Source:
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of what :meth:`read` gives; that of a placeholder where it is no tensor."""
-        return self.schema[key].spec if key in self.schema.recipes else self._spec(key)
+        return self.schema.entries[key].spec if key in self.schema.recipes else self._spec(key)
 
     def _spec(self, key: str) -> Spec:
-        return self.checkpoint.spec(key) if key in self.checkpoint else self.schema[key].spec
+        return self.checkpoint.specs.get(key) or self.schema.entries[key].spec
 
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor; None where that is not known."""
-        held = key in self.checkpoint and key not in self.schema.recipes
+        held = key in self.checkpoint.specs and key not in self.schema.recipes
         return self.checkpoint.alias(key) if held else None
 
     def extent(self, key: str) -> Extent | None:
         """Where the bytes of one tensor lie in a file; None where only :meth:`read` gives it."""
-        held = key in self.checkpoint and key not in self.schema.recipes
+        held = key in self.checkpoint.specs and key not in self.schema.recipes
         return self.checkpoint.extent(key) if held else None
 
     @property
@@ -115,15 +115,18 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
 
 
 def _described(checkpoint: Checkpoint) -> Source:
-    specs = {key: checkpoint.spec(key) for key in checkpoint}
-    if (told := beside(_view(specs, checkpoint))) is not None:
+    specs = dict(checkpoint.specs)
+    view = _view(specs, checkpoint)
+    if (told := beside(view)) is not None:
         ours: Mapping[str, Any] = {name: checkpoint.record.get(name) or {} for name in told.record}
         checkpoint.record = {**checkpoint.record, **{k: {**ours[k], **more} for k, more in told.record.items()}}
         checkpoint.notes += told.notes
     hidden = checkpoint.record.get("hidden")
     if isinstance(hidden, Mapping):
         specs |= {key: Spec(tuple(value.shape), value.dtype) for key, value in hidden.items() if key not in specs}
-    schema = _as_recorded(describe_keys(_view(specs, checkpoint)), checkpoint)
+    if told is not None or hidden:
+        view = _view(specs, checkpoint)
+    schema = _as_recorded(describe_keys(view), checkpoint)
     extra = {key: Entry(key, Role.EXTRA, (), torch.uint8) for key in extra_state(checkpoint) if key not in schema}
     if extra:
         schema = replace(schema, entries={**schema.entries, **extra}, _by_quantizer={})

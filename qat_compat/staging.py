@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from qat_compat.casting import cast_loss, is_widening, same_values
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Description, Quantizer, Reduction
-from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors
+from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors, populate
 from qat_compat.names import canonical
 from qat_compat.plan import Copy, Derive, Drop, How, Keep, Plan, Synthesize
 from qat_compat.ranges import RangeOver
 from qat_compat.schema import Role, Spec
 from qat_compat.source import Source, forms_of
-from qat_compat.state import Slot, memory_of
+from qat_compat.state import Slot
 from qat_compat.storage import Extent, Read, read_all
 from qat_compat.terms import written
 
@@ -64,16 +64,18 @@ class Staged:
     reads: list[Read] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    # parameter and axis -> the memory it was read into, and its range, worked out meanwhile
-    ranges: dict[Reduction, tuple[Tensor, RangeOver]] = field(default_factory=dict)
+    # what a quantizer wants of a parameter -> the parameter, and its range, worked out as it was read
+    ranges: dict[Reduction, tuple[Slot, RangeOver]] = field(default_factory=dict)
 
     def range_of(self, quantizer: Quantizer) -> tuple[Tensor, Tensor] | None:
-        """The range of what a quantizer quantizes, where that is a parameter, as it was read."""
+        """The range of the parameter that a quantizer quantizes, where the model holds it as it was read."""
         wanted = quantizer.reduction()
-        if wanted is None or wanted not in self.ranges or quantizer.source is None:
+        if wanted is None or wanted not in self.ranges:
             return None
-        memory, found = self.ranges[wanted]
-        return found.result() if memory_of(quantizer.source()) == memory_of(memory) else None
+        slot, found = self.ranges[wanted]
+        module, name = slot.owners[0]
+        held = module._parameters.get(name)
+        return found.result() if held is not None and found.is_of(held) else None
 
     def write_in_place(self) -> None:
         """Overwrite the model's own memory: from here on there is no way back."""
@@ -136,10 +138,11 @@ def _refuse_distributed(plan: Plan, slots: Mapping[str, Slot]) -> None:
 def _reductions(plan: Plan, description: Description) -> dict[str, list[Reduction]]:
     """Parameter -> what of it quantizers want to know, as far as no forward shows it to them."""
     how = {step.quantizer: step.how for step in plan.steps if isinstance(step, Synthesize)}
+    runs = How.CALIBRATION in how.values()
     found: dict[str, list[Reduction]] = {}
-    if How.CALIBRATION not in how.values():
-        for quantizer in description.quantizers:
-            wanted = quantizer.reduction() if how.get(quantizer.name) is How.WEIGHTS else None
+    for quantizer in description.quantizers:
+        if how.get(quantizer.name) is How.WEIGHTS and (not runs or quantizer.stands_apart()):
+            wanted = quantizer.reduction()
             if wanted is not None:
                 found.setdefault(wanted.parameter, []).append(wanted)
     return found
@@ -152,18 +155,19 @@ class _Stager:
         self.reading = reading
         self.reductions = reductions
         self.source = reading.source
-        self.schema = reading.description.schema
+        self.entries = reading.description.schema.entries
         self.slots = reading.description.view.slots
         self.staged = Staged()
         self.problems: list[Problem] = []
         self.origin: dict[str, str] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
+        self.mapped: list[Tensor] = []
         self.streams: list[tuple[Slot, Spec, Extent]] = []
         self.forms = forms_of(reading.description)
 
     def copy(self, key: str, source: str) -> None:
         """Take one tensor of the source for one key of the model."""
-        if self.schema[key].role is Role.EXTRA:
+        if self.entries[key].role is Role.EXTRA:
             self.staged.extra[key] = self.source.read(source)
             return
         slot = self.slots.get(key)
@@ -179,14 +183,14 @@ class _Stager:
     def derive(self, key: str, source: str) -> None:
         """Take what a recipe of the source gives."""
         slot = self.slots.get(key)
-        if slot is None or not self.schema[key].role.is_observed:
+        if slot is None or not self.entries[key].role.is_observed:
             self.copy(key, source)
         else:
             self._take_state(key, slot, self._read(source))
 
     def write_down(self, step: Derive) -> None:
         """Take a range of the source as the model's own quantizer writes it down."""
-        entry = self.schema[step.key]
+        entry = self.entries[step.key]
         form = self.forms[entry.quantizer]
         name = next(name for name, leaf in form.leaves.items() if leaf == entry.leaf)
         value = written(self.source.schema, form, {term: self._read(term) for term in step.terms})[name]
@@ -213,6 +217,7 @@ class _Stager:
         read_all([self._to_read(slot, spec, extent, made[slot.key]) for slot, spec, extent in self.streams])
         self.staged.tensors.update(made)
         copy_all(self.copies)
+        populate(self.mapped)
 
     def _stream(self, slot: Slot, source: str) -> bool:
         """Whether the bytes of the file can be read straight into memory that the model then has."""
@@ -237,8 +242,9 @@ class _Stager:
         wanted = {one for key in slot.keys for one in self.reductions.get(key, ())} if self.reductions else None
         if not wanted or not RangeOver.takes(target.dtype) or not target.dim():
             return Read(extent, spec.dtype, target)
-        found = {one: RangeOver(target, None if one.axis is None else one.axis % target.dim()) for one in wanted}
-        self.staged.ranges.update({one: (target, over) for one, over in found.items()})
+        axes = {one: None if one.axis is None else one.axis % target.dim() for one in wanted}
+        found = {one: RangeOver(target, axis, one.group) for one, axis in axes.items()}
+        self.staged.ranges.update({one: (slot, over) for one, over in found.items()})
 
         def each(first: int, end: int) -> None:
             for over in found.values():
@@ -276,6 +282,8 @@ class _Stager:
                 staged.losses[key] = loss.text
         if reading.mmap and value.dtype == target.dtype and value.device == device and value.shape == target.shape:
             staged.tensors[slot.key] = value.detach()
+            if value.is_cpu:
+                self.mapped.append(value)
             return
         if self._is_in_place(slot):
             staged.copies.append((target.data, value))

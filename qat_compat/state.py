@@ -7,7 +7,6 @@ package keeps its own name -> tensor map.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -46,31 +45,34 @@ def split_path(name: str) -> tuple[str, str]:
     return parent, leaf
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Slot:
     """One tensor of a module, under all the names that reach it.
 
     Args:
-        keys: Its names in traversal order; more than one where it is tied or its module is shared.
+        keys: Its names in traversal order; more than one where it is tied or its module is shared. `key` is the first.
         owners: The `(module, attribute)` pairs that hold it, in the same order as `keys`.
         is_parameter: Parameter or buffer.
         persistent: Whether the state_dict holds it.
-        tensors: The tensor objects, more than one where different objects share one memory.
+        tensors: The tensor objects, more than one where different objects share one memory. `tensor` is the first.
     """
 
-    keys: tuple[str, ...]
-    owners: tuple[tuple[nn.Module, str], ...]
-    is_parameter: bool
-    persistent: bool
-    tensors: tuple[Tensor, ...]
+    __slots__ = ("is_parameter", "key", "keys", "owners", "persistent", "tensor", "tensors")
 
-    @property
-    def tensor(self) -> Tensor:
-        return self.tensors[0]
-
-    @property
-    def key(self) -> str:
-        return self.keys[0]
+    def __init__(
+        self,
+        keys: tuple[str, ...],
+        owners: tuple[tuple[nn.Module, str], ...],
+        is_parameter: bool,
+        persistent: bool,
+        tensors: tuple[Tensor, ...],
+    ) -> None:
+        self.keys = keys
+        self.owners = owners
+        self.is_parameter = is_parameter
+        self.persistent = persistent
+        self.tensors = tensors
+        self.key = keys[0]
+        self.tensor = tensors[0]
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_apply import untouched
+from test_apply import CASES, untouched
+from test_apply import prepared as prepared_for
 from torch import Tensor, nn
 from torch.ao.quantization import (
     FakeQuantize,
@@ -16,8 +19,11 @@ from torch.ao.quantization import (
     QConfig,
     prepare_qat,
 )
+from zoo import ARCHS
 
 import qat_compat as qc
+from qat_compat.frameworks import Needs, describe_model
+from qat_compat.testing import assert_same_state
 
 LARGE = 1100  # a Linear of this size is more than one block
 
@@ -167,3 +173,37 @@ def test_ranges_of_weights_are_those_of_the_native_observer(
             quantizer.scale.resize_(scale.shape).copy_(scale)
             quantizer.zero_point.resize_(zero_point.shape).copy_(zero_point)
     same(model, dict(native.state_dict()))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("flow", "name"), CASES)
+def test_a_weight_is_looked_at_while_it_is_read_and_not_again(
+    flow: str, name: str, inplace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With data, too, where a quantizer leaves the weight as it is: its range is the same in every batch."""
+    arch, model, path = ARCHS[name], prepared_for(flow, name), tmp_path / "model.safetensors"
+    save_file({key: value.contiguous() for key, value in arch.state().items()}, path)
+    expected = prepared_for(flow, name)
+    qc.load_checkpoint(expected, arch.state(), calibration=arch.batches())
+    weights = [q for q in describe_model(model).quantizers if q.needs is Needs.WEIGHTS]
+    assert all(q.stands_apart() for q in weights) is not flow.startswith("torchao")
+    looks = []
+    for quantizer in weights:
+        monkeypatch.setattr(type(quantizer), "observe", lambda *_: pytest.fail("a weight was looked at again"))
+        quantizer.module.register_forward_pre_hook(
+            lambda module, _: looks.append(module) if bool(getattr(module, "observer_enabled", 0)) else None
+        )
+    qc.load_checkpoint(model, path, calibration=arch.batches(), inplace=inplace)
+    assert not looks
+    assert_same_state(model, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no call for it")
+def test_no_page_of_a_mapped_tensor_is_waited_for_later(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2048, 2048)}, path)
+    model = nn.Linear(2048, 2048, bias=False)
+    qc.load_checkpoint(model, path, mmap=True)
+    mappings = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    mine = [int(re.search(r"Rss: +(\d+) kB", one)[1]) for one in mappings if str(path) in one]
+    assert max(mine) >= 16 << 10  # it is there, though nobody has touched it

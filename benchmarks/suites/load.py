@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Figures, floor, summary, timed, touch_memory
-from benchmarks.models import build, same_values, write_files
+from benchmarks.models import build, same_values, size_of, write_files
 from benchmarks.ways import WAYS, available, baseline
 
 __all__ = ["one", "prepare", "rows", "table"]
 
 _FEW = ("load_file + load_state_dict", "qat_compat", "qat_compat inplace")
+_FILES = tuple(name for name, way in WAYS.items() if way.container in ("safetensors", "pt"))
+_FOLDERS = tuple(name for name, way in WAYS.items() if way.container in ("shards", "dcp"))
 # name -> which ways; `load_state_dict` takes half a minute for the last
 _MODELS: Mapping[str, Sequence[str]] = {
-    "llama-1b-bf16": tuple(WAYS),
-    "resnet152-like": tuple(WAYS),
+    "llama-1b-bf16": _FILES,
+    "llama-4-layers-bf16": _FOLDERS,
+    "resnet152-like": _FILES,
     "resnet50-like": _FEW,
     "yolov8n-like": _FEW,
     "minilm-like": _FEW,
@@ -27,8 +30,8 @@ _MODELS: Mapping[str, Sequence[str]] = {
 
 def prepare(folder: Path, tiny: bool) -> list[tuple[str, ...]]:
     models = {"tiny": tuple(WAYS)} if tiny else _MODELS
-    for name in {"tiny", *models}:
-        write_files(name, folder)
+    for name, ways in {"tiny": tuple(WAYS), **models}.items():
+        write_files(name, folder, [WAYS[how].container for how in ways])
     return [(name, how, str(folder)) for name, ways in models.items() for how in available(ways)]
 
 
@@ -38,11 +41,11 @@ def one(name: str, how: str, folder: str) -> Figures:
     way.load(way.model("tiny"), Path(folder, f"tiny.{way.container}"))  # what is imported late is there
     model = way.model(name)
     before = floor(path)
-    touch_memory(path.stat().st_size * 5 // 4)
+    touch_memory(size_of(path) * 5 // 4)
     figures = timed(lambda: way.load(model, path))
     after = floor(path)
     same_values(model, build(name))
-    return {**figures, "bytes": path.stat().st_size, "floor": min(before, after)}
+    return {**figures, "bytes": size_of(path), "floor": min(before, after)}
 
 
 def rows(taken: Mapping[tuple[str, ...], Sequence[Figures]]) -> list[dict[str, Any]]:

@@ -53,10 +53,12 @@ class Reduction(NamedTuple):
     Args:
         parameter: Its key.
         axis: The axis that has a range per index; None for one range of all.
+        group: Number of neighbours along the last axis that share a range, where they do; `axis` is then None.
     """
 
     parameter: str
     axis: int | None
+    group: int | None = None
 
 
 class Quantizer(ABC):
@@ -109,8 +111,13 @@ class Quantizer(ABC):
         return None
 
     def observe_range(self, low: Tensor, high: Tensor) -> None:
-        """See the range of a tensor in place of the tensor."""
+        """See the range of the parameter that :meth:`reduction` names in place of what :attr:`source` makes of it."""
         raise NotImplementedError(f"{type(self.module).__name__} looks at more than a range")
+
+    def stands_apart(self) -> bool:
+        """Whether it hands its weight on as it is when it is held, so that it need not run with the data: the range of
+        a weight is the same in every batch."""
+        return False
 
     @abstractmethod
     def settle(self) -> None:

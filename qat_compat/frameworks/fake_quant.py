@@ -171,17 +171,42 @@ class FakeQuant(Quantizer):
         if self._keeps_a_range() and value.numel():
             # what these observers hold after their first tensor is its range; they call `aminmax(dim=1)` on a float32
             # copy, which is several times slower
-            self.observe_range(*value_range(value, self._axis()))
+            self._hold_range(*value_range(value, self._axis()))
         else:
             self.module(value)
 
-    def observe_range(self, low: Tensor, high: Tensor) -> None:
+    def _hold_range(self, low: Tensor, high: Tensor) -> None:
         for mine, bound in ((self.observer.min_val, low), (self.observer.max_val, high)):
             mine.resize_(bound.shape).copy_(bound)
 
     def reduction(self) -> Reduction | None:
-        whole = self._parameter and self.source is not None and self._factor is None
-        return Reduction(self._parameter, self._axis()) if whole and self._keeps_a_range() else None
+        if not self._parameter or self.source is None or not self._keeps_a_range():
+            return None
+        axis = self._axis()
+        if self._factor is None:
+            return Reduction(self._parameter, axis)
+        return Reduction(self._parameter, 0) if axis in (0, None) else None  # the factor is per row
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
+        """Where the weight is multiplied by a factor per row, so are the ends of the range of each row.
+
+        Rounding keeps order, so that these are the ends of the product's range, to the bit: the other way round where
+        the factor is negative, and NaN where one of them is.
+        """
+        if self._factor is not None:
+            assert self.source is not None
+            factor = self._factor()
+            if factor.numel() != len(low) or factor.shape[0] != len(low):
+                self.observe(self.source())
+                return
+            ends = low * factor.view(-1), high * factor.view(-1)
+            low, high = torch.minimum(*ends), torch.maximum(*ends)
+            if self._axis() is None:
+                low, high = low.amin(), high.amax()
+        self._hold_range(low, high)
+
+    def stands_apart(self) -> bool:
+        return self.needs is Needs.WEIGHTS and self._keeps_a_range()
 
     def _keeps_a_range(self) -> bool:
         return type(self.observer).__name__ in _MIN_MAX_OBSERVERS

@@ -13,7 +13,9 @@ What is known here, and what it rests on (torchao 0.18):
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.errors import Problem, ProblemKind, QParamError
-from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, plain_entry
+from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.torchao_grids import as_json, rebuilt, rounding
+from qat_compat.ranges import RangeOver, value_range
 from qat_compat.schema import UNROUNDED, Entry, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_like, split_path
 
@@ -71,7 +74,38 @@ class IntxQuantizer(Quantizer):
         module._initialized = True
 
     def observe(self, value: Tensor) -> None:
-        self.module(value)
+        wanted = self.reduction()
+        if wanted is not None and value.numel():
+            self.observe_range(*value_range(value, group=wanted.group))
+        else:
+            self.module(value)
+
+    def reduction(self) -> Reduction | None:
+        """The qparams of a group of weights are worked out from its two ends."""
+        weight = _weight_of(self._host)
+        if type(self.module).__name__ != "IntxFakeQuantizer" or self.source is None or weight.dim() != 2:
+            return None
+        granularity = self._granularity()
+        group = weight.shape[1] if type(granularity).__name__ == "PerAxis" else getattr(granularity, "group_size", 0)
+        if group < 2 or weight.shape[1] % group or not RangeOver.takes(weight.dtype):
+            return None  # torchao's own function refuses those
+        return Reduction(join_path(self._host_path, "weight"), None, group)
+
+    def _granularity(self) -> Any:
+        return getattr(getattr(self.module, "config", None), "granularity", None)
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
+        """A weight of which each group is the two ends of the range has the same qparams, and is quickly quantized."""
+        module: Any = self.module
+        config = module.config
+        pairs = copy.copy(config)
+        if type(self._granularity()).__name__ != "PerAxis":  # per row is per group of all there is
+            pairs.granularity = replace(self._granularity(), group_size=2)
+        module.config = pairs
+        try:
+            module(torch.stack([low, high], -1).flatten(1))
+        finally:
+            module.config = config
 
     def settle(self) -> None:
         """The forward has written scale and zero_point already, as Parameters where ranges are learnt."""

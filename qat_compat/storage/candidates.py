@@ -12,7 +12,7 @@ from qat_compat.errors import CheckpointError, LimitError
 from qat_compat.storage.dtensor import undistributed
 from qat_compat.storage.lazy import HeldTensor, LazyTensor, LazyTensors
 from qat_compat.storage.plain import plain
-from qat_compat.storage.standins import OWN, NumpyArray, Opaque
+from qat_compat.storage.standins import OWN, NumpyArray, Opaque, Unreadable
 from qat_compat.storage.subclasses import inner_tensors
 
 __all__ = ["Weights", "has_tensors", "is_weights", "split_own", "weights_of"]
@@ -88,6 +88,9 @@ def weights_of(node: object) -> Weights:
 
 
 def _add(key: str, value: object, weights: Weights) -> None:
+    if isinstance(value, LazyTensor) and not isinstance(value, Unreadable) and key not in weights.tensors:  # nearly all
+        weights.tensors[key] = value
+        return
     value = undistributed(key, value)
     if isinstance(value, torch.Tensor) and (value.layout is not torch.strided or value.is_nested):
         raise _not_dense(key, value)

@@ -60,7 +60,7 @@ class Checkpoint(Mapping[str, Tensor]):
         alias: Callable[[str], Hashable | None] | None = None,
         extent: Callable[[str], Extent | None] | None = None,
     ) -> None:
-        self._specs = dict(specs)
+        self.specs: Mapping[str, Spec] = dict(specs)
         self._read = read
         self._alias = alias
         self._extent = extent
@@ -81,8 +81,8 @@ class Checkpoint(Mapping[str, Tensor]):
         return cls(specs, tensors.__getitem__, name=name, **about)
 
     def spec(self, key: str) -> Spec:
-        """Shape and dtype of one tensor; reads no tensor data."""
-        return self._specs[key]
+        """Shape and dtype of one tensor; reads no tensor data. Those of all are in `specs`."""
+        return self.specs[key]
 
     def alias(self, key: str) -> Hashable | None:
         """What two keys have in common that are one tensor (tied weights); None where that is not known.
@@ -104,19 +104,19 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._extent(key) if self._extent else None
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._specs:
+        if key not in self.specs:
             raise KeyError(key)
         with torch.no_grad():
             return self._read(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._specs
+        return key in self.specs
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
+        return iter(self.specs)
 
     def __len__(self) -> int:
-        return len(self._specs)
+        return len(self.specs)
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, {len(self)} tensors, {self.framework}, {self.stage})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ BLOCK = 4 << 20  # bytes of one system call
 GAP = 4 << 10  # bytes between neighbours that are cheaper to read than to skip
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """Where the bytes of one tensor lie in a file: end to end, in row-major order and this machine's byte order.
 
     Args:
@@ -36,8 +35,7 @@ class Extent:
     check: Callable[[], object] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One tensor to read.
 
     Args:

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 from qat_compat.errors import CheckpointError, LimitError, SaveError
 from qat_compat.schema import Spec
 from qat_compat.storage.container import Container, Opened, Source
-from qat_compat.storage.extent import Extent, pieces
-from qat_compat.storage.lazy import LazyTensors, Storage, StoredTensor
+from qat_compat.storage.extent import CAN_STREAM, Extent, pieces
+from qat_compat.storage.lazy import LazyTensor, LazyTensors
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.storage.standins import OWN
 from qat_compat.storage.writing import Contents, as_memory, plain_bytes
@@ -55,16 +54,14 @@ def _open(source: Source) -> Opened:
     sums = _own_json(file, about, _SUMS) if _SUMS in about else {}
     if _DIGEST in about:
         _check_digest(file, {"__metadata__": about, **header})
-    entries = _entries(file, header, start)
-    tensors: dict[str, StoredTensor] = {}
-    for name, (spec, begin, length) in entries.items():
-        expected = sums.get(name) if source.verify is not False else None
-        read = partial(_read, file, name, begin, length, expected)
-        if source.verify:
-            read()
-        locate = partial(Extent, file, begin, length, read if expected is not None else None)
-        storage = Storage(name, length, read, locate=locate)
-        tensors[name] = StoredTensor(storage, spec.dtype, spec.shape)
+    expected = sums if source.verify is not False else {}
+    tensors = {
+        name: _FileTensor(spec, file, begin, length, name, expected.get(name))
+        for name, (spec, begin, length) in _entries(file, header, start).items()
+    }
+    if source.verify:
+        for tensor in tensors.values():
+            tensor.check()
     opened = Opened({name: tensor for name, tensor in tensors.items() if not name.startswith(_HIDDEN)})
     opened.record = dict(_own_json(file, about, OWN)) if OWN in about else {}
     hidden = {name.removeprefix(_HIDDEN): tensor for name, tensor in tensors.items() if name.startswith(_HIDDEN)}
@@ -84,15 +81,44 @@ def _open(source: Source) -> Opened:
 CONTAINER = Container("safetensors", _matches, _open)
 
 
-def _read(file: MappedFile, name: str, start: int, length: int, crc: str | None) -> Tensor:
-    if crc is not None:
-        found = f"{zlib.crc32(file.view(start, length)):08x}"
-        if found != crc:
+class _FileTensor(LazyTensor):
+    """A dense tensor of which the header says where it lies."""
+
+    __slots__ = ("crc", "file", "name", "nbytes", "start")
+
+    def __init__(self, spec: Spec, file: MappedFile, start: int, nbytes: int, name: str, crc: str | None) -> None:
+        self.spec = spec
+        self.file = file
+        self.start = start
+        self.nbytes = nbytes
+        self.name = name
+        self.crc = crc
+
+    def check(self) -> None:
+        """Compare its bytes with their checksum, if there is one."""
+        if self.crc is None:
+            return
+        found = f"{zlib.crc32(self.file.view(self.start, self.nbytes)):08x}"
+        if found != self.crc:
             raise CheckpointError(
                 "a tensor differs from its checksum",
-                file=file.path, key=name, expected=f"CRC-32 {crc}", found=found, remedy=_FRESH_COPY,
+                file=self.file.path, key=self.name, expected=f"CRC-32 {self.crc}", found=found, remedy=_FRESH_COPY,
             )  # fmt: skip
-    return file.tensor(start, length)
+
+    def read(self) -> Tensor:
+        self.check()
+        raw = self.file.tensor(self.start, self.nbytes)
+        if self.nbytes and raw.data_ptr() % self.spec.dtype.itemsize:
+            raw = raw.clone()  # the format has no alignment, and kernels expect addresses that fit the element
+        return raw.view(self.spec.dtype).view(self.spec.shape)
+
+    @property
+    def alias(self) -> Hashable | None:
+        return (id(self.file), self.start) if self.nbytes else None
+
+    def extent(self) -> Extent | None:
+        check = self.check if self.crc is not None else None
+        return Extent(self.file, self.start, self.nbytes, check) if CAN_STREAM else None
 
 
 def _header(file: MappedFile) -> tuple[dict[str, Any], int]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from qat_compat.memory import bytes_of
 from qat_compat.storage.extent import BLOCK, GAP, Read

@@ -16,6 +16,7 @@ from zoo import ARCHS
 import qat_compat as qc
 from qat_compat.frameworks import Needs, describe_keys, describe_model
 from qat_compat.frameworks.base import KeyView
+from qat_compat.ranges import value_range
 from qat_compat.schema import Role, Spec
 from qat_compat.testing import assert_same_state, native_calibration
 from qat_compat.transaction import rehearsal
@@ -97,6 +98,38 @@ def test_a_weight_quantizer_knows_the_tensor_that_it_is_really_shown(flow: str, 
     for quantizer in weights:
         assert quantizer.source is not None
         assert torch.equal(quantizer.source(), shown[quantizer.site]), quantizer
+
+
+@pytest.mark.parametrize(("flow", "name"), [*CASES, ("eager-qnnpack", "plain")])
+def test_the_range_of_a_parameter_is_all_that_a_weight_quantizer_needs(flow: str, name: str) -> None:
+    """Also where it is multiplied by a normalization's factor on the way, of either sign or 0."""
+    model = prepared(flow, name)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.weight.copy_(torch.randn_like(module.weight)).data[0] = 0.0
+    description = describe_model(model)
+    weights = [q for q in description.quantizers if q.needs is Needs.WEIGHTS]
+    assert weights
+    with rehearsal(description):
+        for quantizer in weights:
+            wanted = quantizer.reduction()
+            assert wanted is not None, quantizer
+            assert quantizer.source is not None
+            quantizer.hold()
+            quantizer.listen()
+            quantizer.module(quantizer.source())
+            quantizer.settle()
+            module = quantizer.module
+            expected = [module.scale.clone(), module.zero_point.clone(), *(one.clone() for one in quantizer.ranges())]
+            quantizer.listen()
+            parameter = description.view.slots[wanted.parameter].tensor.detach()
+            quantizer.observe_range(*value_range(parameter, wanted.axis, wanted.group))
+            quantizer.settle()
+            found = [module.scale, module.zero_point, *quantizer.ranges()]
+            assert all(map(torch.equal, found, expected)), quantizer
+            assert [one.dtype for one in found] == [one.dtype for one in expected]
 
 
 @pytest.mark.parametrize(("flow", "name"), CASES)

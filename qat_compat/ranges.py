@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat_compat.threads import THREADS, in_threads
 
-__all__ = ["RangeOver", "value_range"]
+__all__ = ["RangeOver", "magnitude", "value_range"]
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -64,6 +64,18 @@ def value_range(value: Tensor, axis: int | None = None, group: int | None = None
     threads = THREADS if rows.nbytes >= 2 * _TASK else 1
     in_threads((partial(found.look, at, at + step) for at in range(0, len(rows), step)), threads)
     return found.result()
+
+
+def magnitude(value: Tensor) -> float:
+    """The largest absolute value, without a copy of the tensor; 0 if it holds nothing.
+
+    Example:
+        >>> import torch
+        >>> magnitude(torch.tensor([1.0, -2.0]))
+        2.0
+    """
+    low, high = value_range(value) if value.numel() else (torch.zeros(()), torch.zeros(()))
+    return max(-float(low), float(high))
 
 
 class RangeOver:

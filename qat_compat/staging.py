@@ -222,9 +222,11 @@ class _Stager:
     def _stream(self, slot: Slot, source: str) -> bool:
         """Whether the bytes of the file can be read straight into memory that the model then has."""
         target = slot.tensor
-        if type(target) not in _PLAIN or target.layout is not torch.strided or not target.is_contiguous():
+        if self.reading.mmap or type(target) not in _PLAIN:
             return False
-        if self._device(slot).type not in _STREAMED or self.reading.mmap:
+        if target.layout is not torch.strided or not target.is_contiguous():
+            return False
+        if not (target.is_cpu or self._device(slot).type in _STREAMED):
             return False
         spec = self.source.spec(source)
         if spec.shape != target.shape or not (spec.dtype == target.dtype or is_widening(spec.dtype, target.dtype)):

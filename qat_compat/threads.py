@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 
 __all__ = ["THREADS", "in_threads"]
@@ -57,8 +58,9 @@ def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) ->
 
     helping: list[Future[None]] = []
     try:
-        for _ in range(threads - 1):
-            helping.append(_helpers().submit(work))
+        with suppress(RuntimeError):  # the interpreter is shutting down: there is the calling thread
+            for _ in range(threads - 1):
+                helping.append(_helpers().submit(work))
         work()
         for helper in helping:
             if not helper.cancel():  # one that has not begun, behind the work of another caller, is not waited for

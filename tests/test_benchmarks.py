@@ -44,7 +44,7 @@ def test_ratios_are_to_a_baseline_of_the_same_run(results: dict) -> None:
     rows = [row for row in results["rows"] if "baseline" in row]
     assert rows
     for row in rows:
-        same = {name: row.get(name) for name in ("suite", "model", "medium", "dtype", "width")}
+        same = {name: row.get(name) for name in ("suite", "model", "medium", "granularity", "dtype")}
         base = [
             one
             for one in rows

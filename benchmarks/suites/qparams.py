@@ -1,9 +1,10 @@
-"""A file into a QAT model with a scale per channel: reading and ranges together."""
+"""A file into a QAT model whose weights have scales: reading and ranges together, until the model can be trained."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +15,61 @@ from torch import nn
 
 import qat_compat as qc
 from benchmarks.harness import Figures, floor, summary, timed, touch_memory
-from benchmarks.suites.ranges import native_scales, prepared
+from benchmarks.quantized import GRANULARITIES, Granularity
 
 __all__ = ["one", "prepare", "rows", "table"]
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES: Mapping[str, Sequence[str]] = {
+    "per channel": ("float32", "bfloat16"),
+    "per group of 32": ("bfloat16",),
+    "per channel, Conv+BN": ("float32",),
+}
 
 
-def _safe_open(model: nn.Module, path: Path) -> object:
+def _safe_open(model: nn.Module, path: Path, granularity: Granularity) -> None:
+    state = model.state_dict()
     with safe_open(path, "pt") as file, torch.no_grad():
-        for name, layer in model.named_children():
-            layer.weight.copy_(file.get_tensor(f"{name}.weight"))  # type: ignore[operator,union-attr]
-    return native_scales(model)
+        for key in file.keys():  # noqa: SIM118 - the file is no mapping
+            state[granularity.name(key)].copy_(file.get_tensor(key))
+    granularity.native_scales(model)
+
+
+def _ours(model: nn.Module, path: Path, granularity: Granularity, **options: Any) -> None:
+    qc.load_checkpoint(model, path, progress=False, **options)
 
 
 # the first is the baseline
-_HOW: dict[str, Callable[[nn.Module, Path], object]] = {
-    "safe_open + native observers": _safe_open,
-    "qat_compat": lambda m, p: qc.load_checkpoint(m, p, progress=False),
-    "qat_compat inplace": lambda m, p: qc.load_checkpoint(m, p, inplace=True, progress=False),
+_HOW: dict[str, Callable[[nn.Module, Path, Granularity], object]] = {
+    "safe_open + copy + native": _safe_open,
+    "qat_compat": _ours,
+    "qat_compat inplace": partial(_ours, inplace=True),
 }
 
 
 def prepare(folder: Path, tiny: bool) -> list[tuple[str, ...]]:
     width = 64 if tiny else 2048
-    for dtype in _DTYPES:
-        save_file(dict(_layers(width, dtype).state_dict()), folder / f"weights.{dtype}.safetensors")
-    return [(how, dtype, str(width), str(folder)) for dtype in _DTYPES for how in _HOW]
+    cases = [(kind, dtype) for kind, dtypes in _DTYPES.items() for dtype in dtypes]
+    for kind, dtype in cases:
+        torch.manual_seed(0)
+        model = GRANULARITIES[kind].layers(8, width).to(getattr(torch, dtype))
+        save_file(dict(model.state_dict()), folder / f"{kind}.{dtype}.safetensors")
+    return [(kind, dtype, how, str(width), str(folder)) for kind, dtype in cases for how in _HOW]
 
 
-def _layers(width: int, dtype: str) -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Linear(width, 4 * width, bias=False) for _ in range(8)]
-    return nn.Sequential(*layers).to(getattr(torch, dtype))
-
-
-def one(how: str, dtype: str, width: str, folder: str) -> Figures:
-    path = Path(folder, f"weights.{dtype}.safetensors")
-
-    def model() -> nn.Module:
-        return prepared(list(_layers(int(width), dtype)), getattr(torch, dtype))
-
-    expected = native_scales(model())
-    _HOW[how](model(), path)  # what is imported late is there
-    target = model()
+def one(kind: str, dtype: str, how: str, width: str, folder: str) -> Figures:
+    granularity, path = GRANULARITIES[kind], Path(folder, f"{kind}.{dtype}.safetensors")
+    model = granularity.prepared(8, int(width), getattr(torch, dtype))
+    _HOW[how](model, path, granularity)  # what is imported late is there
     with torch.no_grad():
-        for parameter in target.parameters():
+        for parameter in model.parameters():
             parameter.zero_()
     touch_memory(path.stat().st_size * 5 // 4)
-    figures = timed(lambda: _HOW[how](target, path))
-    found = native_scales(target) if "native" in how else [layer.weight_fake_quant.scale for layer in target.children()]
-    if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
-        raise RuntimeError("scales differ from the native observer's")
+    figures = timed(lambda: _HOW[how](model, path, granularity))
+    found = [scale.clone() for scale in granularity.scales(model)]
+    if how.startswith("qat_compat"):
+        same = all(map(torch.equal, found, granularity.native_scales(model)))
+        if not same:
+            raise RuntimeError("scales differ from those of the framework itself")
     return {**figures, "bytes": path.stat().st_size, "floor": floor(path)}
 
 
@@ -76,23 +80,28 @@ def rows(taken: Mapping[tuple[str, ...], Sequence[Figures]]) -> list[dict[str, A
         summary(
             figures,
             suite="load+ranges",
-            how=how,
+            granularity=kind,
             dtype=dtype,
+            how=how,
             bytes=int(figures[0]["bytes"]),
+            gb_per_s=figures[0]["bytes"] / medians[kind, dtype, how, *rest] / 1e9,
             share_of_floor=statistics.median(one["floor"] / one["seconds"] for one in figures),
             baseline=baseline,
-            speedup=medians[baseline, dtype, width, folder] / medians[how, dtype, width, folder],
+            speedup=medians[kind, dtype, baseline, *rest] / medians[kind, dtype, how, *rest],
         )
-        for (how, dtype, width, folder), figures in taken.items()
+        for (kind, dtype, how, *rest), figures in taken.items()
     ]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "| load, and ranges per channel | dtype | ms | against safe_open and the native observers |",
-        "| --- | --- | ---: | ---: |",
+        "| load, and ranges | dtype | how | ms | GB/s | against the first |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
     ]
     for row in rows:
         mark = " (noisy)" if row["noisy"] else ""
-        lines.append(f"| {row['how']}{mark} | {row['dtype']} | {row['median_s'] * 1e3:.1f} | {row['speedup']:.2f}x |")
+        lines.append(
+            f"| {row['granularity']} | {row['dtype']} | {row['how']}{mark} | {row['median_s'] * 1e3:.1f} "
+            f"| {row['gb_per_s']:.3g} | {row['speedup']:.2f}x |"
+        )
     return lines

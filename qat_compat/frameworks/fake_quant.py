@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer, Reduction
-from qat_compat.ranges import value_range
+from qat_compat.ranges import magnitude, value_range
 from qat_compat.schema import Role
 from qat_compat.text import counted
 
@@ -348,7 +348,5 @@ class FakeQuant(Quantizer):
             return None
         seen = float(torch.stack([value.abs().max() for value in ranges]).max())
         with torch.no_grad():
-            value = self.source()
-            low, high = value_range(value) if value.numel() else torch.aminmax(value)
-        now = max(-float(low), float(high))
+            now = magnitude(self.source())
         return now / seen if seen > 0 and now > 0 else None

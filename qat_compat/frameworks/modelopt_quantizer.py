@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qat_compat.conventions import Encoding, Form, Grid
 from qat_compat.errors import Problem, ProblemKind, QParamError
-from qat_compat.frameworks.base import Needs, Quantizer
+from qat_compat.frameworks.base import Needs, Quantizer, Reduction
+from qat_compat.ranges import magnitude
 
 __all__ = ["AmaxQuantizer", "Settings", "amax_shape", "is_quantizer", "settings_from"]
 
@@ -149,6 +150,23 @@ class AmaxQuantizer(Quantizer):
             raise QParamError("the tensor that it quantizes holds NaN or inf", key=self.name, expected="finite values")
         self.module(value)
 
+    def reduction(self) -> Reduction | None:
+        """A MaxCalibrator keeps the largest magnitude, which is that of one of the ends."""
+        module: Any = self.module
+        axis = self.settings.axis
+        if self.source is None or axis not in (None, 0) or self.settings.block_sizes or self.refusal():
+            return None
+        changed = module.pre_quant_scale is not None or module.rotate_is_enabled or self.whole is not module
+        return None if changed else Reduction(self.parameter, 0 if axis == 0 else None)
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
+        assert self.source is not None
+        ends = torch.stack([low, high], -1)
+        self.observe(ends.view(*ends.shape, *[1] * (self.source().dim() - ends.dim())))
+
+    def stands_apart(self) -> bool:
+        return self.reduction() is not None
+
     def settle(self) -> None:
         module: Any = self.module
         self._write(module._calibrator.compute_amax())
@@ -241,7 +259,7 @@ class AmaxQuantizer(Quantizer):
             return None
         seen = float(amax.max())
         with torch.no_grad():
-            now = float(self.source().abs().max())
+            now = magnitude(self.source())
         return now / seen if seen > 0 and now > 0 else None
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qat_compat.conventions import Form, Grid
 from qat_compat.errors import Problem, ProblemKind, QParamError
-from qat_compat.frameworks.base import Needs, Quantizer
+from qat_compat.frameworks.base import Needs, Quantizer, Reduction
+from qat_compat.ranges import magnitude
 from qat_compat.state import join_path
 
 __all__ = ["SAVED", "Factor", "HookQuantizer", "is_quantizer"]
@@ -66,6 +67,20 @@ class HookQuantizer(Quantizer):
             axes = [axis for axis in range(value.dim()) if not per_channel or self._shape[axis] == 1]
             self._low.append(value.amin(axes, keepdim=True))
             self._high.append((value.abs() if self._symmetric else value).amax(axes, keepdim=True))
+
+    def reduction(self) -> Reduction | None:
+        kept = [axis for axis, size in enumerate(self._shape) if size > 1]
+        if self.source is None or len(kept) > 1 or (kept and len(self._shape) != self.source().dim()):
+            return None
+        return Reduction(self._parameter, kept[0] if kept else None)
+
+    def observe_range(self, low: Tensor, high: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            self._low.append(low.view(self._shape))
+            self._high.append((torch.maximum(low.abs(), high.abs()) if self._symmetric else high).view(self._shape))
+
+    def stands_apart(self) -> bool:
+        return self.source is not None
 
     def ranges(self) -> list[Tensor]:
         return [*self._low[-1:], *self._high[-1:]]
@@ -153,7 +168,7 @@ class HookQuantizer(Quantizer):
             return None
         seen = float(scale.detach().abs().max())
         with torch.no_grad():
-            now = float(self.source().abs().max())
+            now = magnitude(self.source())
         return now / seen if seen > 0 and now > 0 else None
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:

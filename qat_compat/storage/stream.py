@@ -41,9 +41,12 @@ def read_all(reads: Sequence[Read]) -> None:
     Raises:
         CheckpointError: The file ends early, was changed since it was opened, or differs from a checksum.
     """
-    files = list({id(r.extent.file): r.extent.file for r in reads}.values())
-    turn = {id(file): number for number, file in enumerate(files)}
-    ordered = sorted((r for r in reads if r.extent.nbytes), key=lambda r: (turn[id(r.extent.file)], r.extent.start))
+    by_file: dict[MappedFile, list[Read]] = {}
+    for read in reads:
+        if read.extent.nbytes:
+            by_file.setdefault(read.extent.file, []).append(read)
+    files = list(by_file)
+    ordered = [r for file in files for r in sorted(by_file[file], key=lambda r: r.extent.start)]
     threads = THREADS if sum(r.extent.nbytes for r in ordered) > BLOCK else 1
     in_threads((r.extent.check for r in ordered if r.extent.check is not None), threads)
     for file in files:
@@ -56,13 +59,16 @@ def read_all(reads: Sequence[Read]) -> None:
 
 
 def _tasks(ordered: Sequence[Read]) -> Iterator[Callable[[], None]]:
-    yield from _gathers([r for r in ordered if r.is_plain])
+    plain: list[Read] = []
+    others: list[Read] = []
     for read in ordered:
-        if not read.is_plain:
-            count = len(read.target) if read.target.dim() else 1
-            step = max(1, BLOCK * count // read.extent.nbytes)
-            for first in range(0, count, step):
-                yield partial(_fill_rows, read, first, min(first + step, count))
+        (plain if read.is_plain else others).append(read)
+    yield from _gathers(plain)
+    for read in others:
+        count = len(read.target) if read.target.dim() else 1
+        step = max(1, BLOCK * count // read.extent.nbytes)
+        for first in range(0, count, step):
+            yield partial(_fill_rows, read, first, min(first + step, count))
 
 
 def _gathers(reads: Sequence[Read]) -> Iterator[Callable[[], None]]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +84,11 @@ def assert_native_twin(prepare: NativePrepare, *, outputs: bool = True, **option
     assert {name: module.training for name, module in loaded.named_modules()} == modes
     if outputs:
         assert_same_output(loaded, twin, data)
+    with tempfile.TemporaryDirectory() as folder:  # of what streams from a file, ranges are worked out meanwhile
+        streamed = other(prepare)
+        path = qc.save_checkpoint(state, f"{folder}/float.safetensors")
+        qc.load_checkpoint(streamed, path, calibration=data, **options)
+        assert_same_state(streamed, twin)
     return NativeTwin(twin, loaded, report)
 
 

@@ -44,6 +44,10 @@ class _Bottleneck(nn.Module):
             setattr(self, f"conv{index}", nn.Conv2d(before, after, size, bias=False))
             setattr(self, f"bn{index}", nn.BatchNorm2d(after))
 
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return (self.bn3(self.conv3(inner)) + x).relu()
+
 
 class _BertLayer(nn.Module):
     def __init__(self, width: int) -> None:
@@ -61,7 +65,7 @@ def _llama(layers: int, words: int) -> nn.Module:
 
 def _resnet(blocks: Sequence[int]) -> nn.Module:
     widths = [(64 << stage, 256 << stage) for stage, count in enumerate(blocks) for _ in range(count)]
-    return nn.ModuleList([_Bottleneck(inner, outer) for inner, outer in widths])
+    return nn.Sequential(*[_Bottleneck(inner, outer) for inner, outer in widths])
 
 
 def _yolo() -> nn.Module:
@@ -81,7 +85,7 @@ def _flat(count: int) -> nn.Module:
 
 # name -> how it is made; sizes in the comments are of the file
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "tiny": lambda: nn.ModuleList([_Bottleneck(8, 16) for _ in range(2)]),  # for the tests
+    "tiny": lambda: nn.Sequential(*[_Bottleneck(8, 16) for _ in range(2)]),  # for the tests
     "llama-1b-bf16": lambda: _llama(16, 128256),  # 2.47 GB
     "llama-4-layers-bf16": lambda: _llama(4, 256),  # 0.49 GB
     "resnet152-like": lambda: _resnet((3, 8, 36, 3)),  # 0.22 GB in 900 tensors

@@ -114,7 +114,8 @@ def choose(
 
 def _spoken(group: Fused, evidence: Sequence[Evidence], found: Match) -> tuple[tuple[str, ...], str]:
     """What the strongest witness that speaks says of a group."""
-    voices = [(group.candidates, group.witness)] if group.candidates else []
+    candidates = group.candidates
+    voices = [(candidates, group.witness)] if candidates else []
     voices += [(one.of(group.host), one.witness) for one in evidence if one.of(group.host)]
     certain = [voice for voice in voices if len(voice[0]) == 1]
     if len({voice[0][0] for voice in certain}) > 1:

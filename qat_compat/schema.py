@@ -132,7 +132,7 @@ class Fused:
         host: The module that it was fused into, in the float model's words (`conv1`).
         channels: Its number of features.
         tensors: Names of what it holds (`weight`, `running_mean`, ...).
-        candidates: Float module paths that the flow's own record allows; empty where the record is silent.
+        record: Gives the candidates, when they are asked for: it may have to trace the model.
         witness: What the candidates rest on.
         certain: Whether it is known that fusion took place; from keys alone, `conv.0` and `conv.1` may be a fused
             pair that was not prepared, or a Sequential of the float model's own.
@@ -142,9 +142,14 @@ class Fused:
     host: str
     channels: int
     tensors: tuple[str, ...]
-    candidates: tuple[str, ...] = ()
+    record: Callable[[], tuple[str, ...]] = tuple
     witness: str = ""
     certain: bool = True
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Float module paths that the flow's own record allows; empty where the record is silent."""
+        return self.record()
 
 
 @dataclass(frozen=True, slots=True)

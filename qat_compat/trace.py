@@ -97,12 +97,15 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
     return found
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def _without_data(model: nn.Module, leaves: Iterable[nn.Module]) -> nn.Module:
     """A copy of the modules with tensors that hold nothing, so that a trace runs none of the user's code on his model.
 
-    A model that cannot be copied is traced itself.
+    What is inside of a leaf, which a trace does not enter, is not copied. A model that cannot be copied is traced
+    itself.
     """
-    memo: dict[int, object] = {}
+    nothing, entered = nn.Module(), _entered(model, {id(leaf) for leaf in leaves})
+    within = [child for leaf in leaves for child in leaf.children() if id(child) not in entered]
+    memo: dict[int, object] = {id(child): nothing for child in within}
     for tensor in (*model.parameters(), *model.buffers()):
         with torch.no_grad():
             empty = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -111,6 +114,18 @@ def _without_data(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception:  # modules may hold what cannot be copied: locks, files, generators
         return model
+
+
+def _entered(model: nn.Module, leaves: set[int]) -> set[int]:
+    """`id` of the modules that are reached without going through a leaf, the leaves included."""
+    found: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in found:
+            found.add(id(module))
+            waiting += [] if id(module) in leaves else module.children()
+    return found
 
 
 def _merged(chains: Iterable[dict[str, tuple[str, ...]]]) -> dict[str, tuple[str, ...]]:
@@ -175,11 +190,11 @@ def followers(
     Returns:
         Host path -> follower paths; a host for which nothing could be learnt is absent.
     """
-    wanted = set(hosts)
+    wanted, leaves = set(hosts), list(leaves)
     if not wanted:
         return {}
     paths = {id(module): path for path, module in model.named_modules()}
-    model = _without_data(model)
+    model = _without_data(model, leaves)
     modules = dict(model.named_modules())
     passing = {path for path, module in modules.items() if passes(module)}
     inside = {paths[id(leaf)] for leaf in leaves if id(leaf) in paths} | passing

@@ -180,7 +180,10 @@ def _fused_side(*hosts: tuple[str, int, tuple[str, ...]], **about: object) -> Sc
     entries: dict[str, Entry] = {}
     for host, channels, _ in hosts:
         entries.update(_norm(f"{host}.bn", channels))
-    fused = tuple(Fused(f"{host}.bn", host, n, _LEAVES, seen, "trace" if seen else "") for host, n, seen in hosts)
+    fused = tuple(
+        Fused(f"{host}.bn", host, n, _LEAVES, lambda seen=seen: seen, "trace" if seen else "")
+        for host, n, seen in hosts
+    )
     return Schema(entries, "torch_ao", Stage.PREPARED, fused, **about)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,8 @@ What is known here, and what it rests on (torch 2.13):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -182,11 +183,9 @@ class TorchAO(Framework):
                 norms[join_path(path, "bn")] = (path, 2 if "ReLU" in type(module).__name__ else 1)
             elif _is_fused_float(module) and isinstance(module._modules.get("1"), _BatchNorm):
                 norms[join_path(path, "1")] = (path, len(module._modules) - 1)
-        chains = self.chains(view, [host for host, _ in norms.values()])
-        return [
-            self._fused(view.modules[prefix], prefix, host, chains.get(host, ()), length)
-            for prefix, (host, length) in norms.items()
-        ]
+        # a model is traced only where some key does not tell
+        chains = cache(lambda: self.chains(view, [host for host, _ in norms.values()]))
+        return [self._fused(view, prefix, host, chains, length) for prefix, (host, length) in norms.items()]
 
     def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
         """Host -> the places that fusion left empty and that the model calls on its output."""
@@ -194,13 +193,18 @@ class TorchAO(Framework):
         leaves += [m for m in view.modules.values() if is_fake_quant(m) or is_observer(m)]
         return followers(view.model, hosts, leaves, is_empty_place)
 
-    def _fused(self, norm: nn.Module, prefix: str, host: str, chain: tuple[str, ...], length: int) -> Fused:
-        # the norm comes first of those fused into the host; identities of the model's own may stand anywhere in the
-        # chain
-        candidates = chain[: max(1, len(chain) - length + 1)]
+    def _fused(
+        self, view: ModelView, prefix: str, host: str, chains: Callable[[], Mapping[str, tuple[str, ...]]], length: int
+    ) -> Fused:
+        def candidates() -> tuple[str, ...]:
+            # the norm comes first of those fused into the host; identities of the model's own may stand anywhere in the
+            # chain
+            chain = chains().get(host, ())
+            return chain[: max(1, len(chain) - length + 1)]
+
+        norm: Any = view.modules[prefix]
         tensors = [n for n, t in (*norm._parameters.items(), *norm._buffers.items()) if t is not None]
-        channels: Any = norm.num_features
-        return Fused(prefix, host, channels, tuple(tensors), candidates, "trace of the prepared model")
+        return Fused(prefix, host, norm.num_features, tuple(tensors), candidates, "trace of the prepared model")
 
     def before_norm(self, host: nn.Module, value: Tensor) -> Tensor | None:
         owner: Any = host

@@ -14,6 +14,7 @@ from torch import nn
 from zoo import ARCHS
 
 import qat_compat as qc
+from qat_compat import trace
 from qat_compat.frameworks import Needs, describe_keys, describe_model
 from qat_compat.frameworks.base import KeyView
 from qat_compat.ranges import value_range
@@ -226,3 +227,12 @@ def test_native_calibration_and_calibrate_agree() -> None:
     assert saved.tensors
     for key, value in saved.tensors.items():
         assert torch.equal(state[key], value), key
+
+
+def test_a_model_is_traced_only_where_keys_do_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, model = ARCHS["plain"], prepared("eager-x86", "plain")
+    qc.load_checkpoint(model, arch.state(), calibration=arch.batches())
+    monkeypatch.setattr(trace, "_trace", lambda *_: pytest.fail("the model was traced"))
+    qc.load_checkpoint(prepared("eager-x86", "plain"), model.state_dict())
+    with pytest.raises(pytest.fail.Exception, match="was traced"):
+        qc.plan_load(model, arch.state(), calibration="defer")

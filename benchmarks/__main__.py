@@ -58,19 +58,18 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(os.cpu_count() or 1)
         print(json.dumps(SUITES[options.one[0]].one(*options.one[1:])))
         return 0
-    about = machine()  # as the machine was before the run
     rows: list[dict[str, Any]] = []
+    results = {"machine": machine(), "rows": rows}  # as the machine was before the run
+    out = options.out or (None if options.only else RESULTS / f"{options.device}.json")
     for name, suite in SUITES.items():
         if options.only in (None, name):
             with tempfile.TemporaryDirectory() as folder:
                 cases = suite.prepare(Path(folder), options.tiny)
                 measure = suite.one if options.tiny else partial(fresh, name)
                 rows += suite.rows(interleaved(cases, options.runs, measure))
-    results = {"machine": about, "rows": rows}
-    out = options.out or (None if options.only else RESULTS / f"{options.device}.json")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+            if out is not None:  # after each suite: what has been measured is not lost with what fails later
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0
 

@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 def throughput(rows: Sequence[Row], model: str) -> Figure:
-    """How fast each way fills a model, against the line that nothing can pass."""
+    """How fast each way fills a model, against the line that nothing that copies can pass."""
     chosen = [row for row in rows if row["suite"] == "load" and row["model"] == model]
     figure = Figure(figsize=(8, 0.6 + 0.34 * len(chosen)), layout="constrained")
     axes = figure.subplots()

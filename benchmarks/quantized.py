@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.harness import device
 from benchmarks.models import MODELS
 
-__all__ = ["GRANULARITIES", "Granularity"]
+__all__ = ["GRANULARITIES", "Granularity", "by_granularity"]
 
 _CONVOLUTIONS = re.compile(r"\.bn(\d)\.")
 
@@ -131,3 +131,15 @@ GRANULARITIES: Mapping[str, Granularity] = {
         _resnet, _per_channel, _observe, _normalized, lambda name: _CONVOLUTIONS.sub(r".conv\1.bn.", name)
     ),
 }
+
+
+def by_granularity(what: str, ratio: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown for rows that have a granularity each."""
+    lines = [f"| {what} | dtype | how | ms | GB/s | {ratio} |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        mark = " (noisy)" if row["noisy"] else ""
+        lines.append(
+            f"| {row['granularity']} | {row['dtype']} | {row['how']}{mark} | {row['median_s'] * 1e3:.1f} "
+            f"| {row['gb_per_s']:.3g} | {row['speedup']:.2f}x |"
+        )
+    return lines

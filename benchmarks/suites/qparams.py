@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qat_compat as qc
 from benchmarks.harness import Figures, floor, summary, timed, touch_memory
-from benchmarks.quantized import GRANULARITIES, Granularity
+from benchmarks.quantized import GRANULARITIES, Granularity, by_granularity
 
 __all__ = ["one", "prepare", "rows", "table"]
 
@@ -65,11 +65,11 @@ def one(kind: str, dtype: str, how: str, width: str, folder: str) -> Figures:
             parameter.zero_()
     touch_memory(path.stat().st_size * 5 // 4)
     figures = timed(lambda: _HOW[how](model, path, granularity))
-    found = [scale.clone() for scale in granularity.scales(model)]
-    if how.startswith("qat_compat"):
-        same = all(map(torch.equal, found, granularity.native_scales(model)))
-        if not same:
-            raise RuntimeError("scales differ from those of the framework itself")
+    state, found = model.state_dict(), [scale.clone() for scale in granularity.scales(model)]
+    if not all(torch.equal(state[granularity.name(key)], value) for key, value in load_file(path).items()):
+        raise RuntimeError("the model does not hold what the file does")
+    if how.startswith("qat_compat") and not all(map(torch.equal, found, granularity.native_scales(model))):
+        raise RuntimeError("scales differ from those of the framework itself")
     return {**figures, "bytes": path.stat().st_size, "floor": floor(path)}
 
 
@@ -94,14 +94,4 @@ def rows(taken: Mapping[tuple[str, ...], Sequence[Figures]]) -> list[dict[str, A
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "| load, and ranges | dtype | how | ms | GB/s | against the first |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        mark = " (noisy)" if row["noisy"] else ""
-        lines.append(
-            f"| {row['granularity']} | {row['dtype']} | {row['how']}{mark} | {row['median_s'] * 1e3:.1f} "
-            f"| {row['gb_per_s']:.3g} | {row['speedup']:.2f}x |"
-        )
-    return lines
+    return by_granularity("load, and ranges", "against the first", rows)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Figures, summary, timed
-from benchmarks.quantized import GRANULARITIES
+from benchmarks.quantized import GRANULARITIES, by_granularity
 from qat_compat.driving import observe_weights
 from qat_compat.frameworks import Needs, describe_model
 
@@ -61,14 +61,4 @@ def rows(taken: Mapping[tuple[str, ...], Sequence[Figures]]) -> list[dict[str, A
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "| ranges of weights in memory | dtype | how | ms | GB/s | against the quantizer's own way |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        mark = " (noisy)" if row["noisy"] else ""
-        lines.append(
-            f"| {row['granularity']} | {row['dtype']} | {row['how']}{mark} | {row['median_s'] * 1e3:.1f} "
-            f"| {row['gb_per_s']:.3g} | {row['speedup']:.2f}x |"
-        )
-    return lines
+    return by_granularity("ranges of weights in memory", "against the quantizer's own way", rows)

@@ -22,6 +22,8 @@ from qat_compat.transaction import rehearsal
 __all__ = ["Calibration", "calibrate", "fingerprint"]
 
 _KIND = "qat_compat.calibration"
+_BLOCK = 1 << 18  # elements that are added up at a time
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,10 @@ def _current(description: Description, key: str) -> Tensor:
 
 
 def fingerprint(description: Description) -> str:
-    """A digest of the float tensors that does not depend on wrappers or on the order of keys.
+    """A digest of the bits of the float tensors.
 
-    Two 64-bit sums per tensor: of its values, and of its values along a ramp, so that their order counts.
+    It does not depend on wrappers, on the order of keys, on the device or on the number of threads: the sums in it are
+    of integers, which are the same in any order.
     """
     rows = []
     with torch.no_grad():
@@ -140,10 +143,22 @@ def fingerprint(description: Description) -> str:
             slot = description.view.slots.get(key)
             if slot is None or slot.tensor.device.type == "meta" or not slot.tensor.is_floating_point():
                 continue
-            flat = slot.tensor.detach().reshape(-1).double()
-            ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
-            rows.append(f"{canonical(key)}={float(flat.sum()).hex()},{float(flat @ ramp).hex()}")
+            total, ramped = _sums(slot.tensor.detach().reshape(-1))
+            rows.append(f"{canonical(key)}={slot.tensor.dtype},{slot.tensor.numel()},{total},{ramped}")
     return hashlib.blake2b("\n".join(sorted(rows)).encode(), digest_size=16).hexdigest()
+
+
+def _sums(values: Tensor) -> tuple[int, int]:
+    """Sums, modulo 2**64, of elements read as integers, and of these times their place, so that their order counts."""
+    bits = values.view(_INTEGERS[values.element_size()])
+    place = torch.arange(1, 1 + min(_BLOCK, len(bits)), device=bits.device)
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for number, block in enumerate(torch.split(bits, _BLOCK)):  # in the cache, and without a copy of the whole
+        block = block.long()
+        total = block.sum()
+        sums += torch.stack([total, (block * place[: len(block)]).sum() + number * _BLOCK * total])
+    total, ramped = sums.tolist()
+    return total, ramped
 
 
 def check_statistic(statistic: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import ARCHS
 
 import qat_compat as qc
+from qat_compat.calibration import fingerprint
+from qat_compat.frameworks import describe_model
 from qat_compat.testing import assert_same_state
 
 ARCH = ARCHS["plain"]
@@ -229,6 +232,30 @@ def test_a_calibration_of_other_weights_is_reported(change: Callable[[dict[str, 
 def test_a_calibration_of_these_weights_is_not() -> None:
     calibration = qc.calibrate(_loaded(ARCH.batches()), ARCH.batches())
     assert qc.load_checkpoint(prepared("eager-x86", "plain"), ARCH.state(), calibration=calibration).findings == ()
+
+
+def test_a_fingerprint_is_the_same_with_any_number_of_threads_and_on_every_dtype() -> None:
+    """Its sums are those of numpy's integers; sums of floats would differ in their last bits."""
+    count = torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        model = nn.ParameterDict({name: nn.Parameter(torch.randn(n).to(dtype)) for name, n in _SIZES.items()})
+        expected = []
+        for name, value in model.items():
+            bits = value.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+            with np.errstate(over="ignore"):
+                ints = bits.numpy().astype(np.int64)
+                sums = int(ints.sum()), int((ints * np.arange(1, 1 + len(ints))).sum())
+            expected.append(f"{name}={dtype},{len(ints)},{sums[0]},{sums[1]}")
+        digest = hashlib.blake2b("\n".join(sorted(expected)).encode(), digest_size=16).hexdigest()
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                assert fingerprint(describe_model(model)) == digest, (dtype, threads)
+        finally:
+            torch.set_num_threads(count)
+
+
+_SIZES = {"none": 0, "one": 1, "some": 7, "two blocks and one": (1 << 19) + 1}
 
 
 def test_calibrate_takes_every_form_of_data() -> None:

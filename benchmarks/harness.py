@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import qat_compat
 
@@ -27,6 +29,7 @@ __all__ = [
     "interleaved",
     "machine",
     "peak_of",
+    "pass_over",
     "summary",
     "timed",
     "touch_memory",
@@ -144,6 +147,16 @@ def _read_seconds(path: Path, size: int, threads: int) -> float:
         os.close(descriptor)
 
 
+def pass_over(tensors: Sequence[Tensor]) -> float:
+    """Seconds that one look at every byte of tensors in memory takes, by two threads or by the device."""
+    parts = [part for tensor in tensors for part in tensor.detach().view(-1).view(torch.int64).split(_BLOCK // 8)]
+    if _device.type != "cpu":
+        return timed(lambda: [part.max() for part in parts])["seconds"]
+    arrays = [part.numpy() for part in parts]
+    with ThreadPoolExecutor(2) as pool:
+        return min(timed(lambda: list(pool.map(np.max, arrays)))["seconds"] for _ in range(2))
+
+
 def peak_of(call: Callable[[], object]) -> tuple[int, int]:
     """Resident bytes before a call, and the most during it; zeros where the system does not say (not Linux)."""
     counter = Path("/proc/self/clear_refs")
@@ -177,7 +190,6 @@ def summary(figures: Sequence[Figures], **more: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Where and with what the figures were taken."""
-    import numpy
     import safetensors
 
     model = next(
@@ -194,7 +206,7 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
         "safetensors": safetensors.__version__,
         "qat_compat": qat_compat.__version__,
         "commit": _commit(),

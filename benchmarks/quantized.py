@@ -135,11 +135,14 @@ GRANULARITIES: Mapping[str, Granularity] = {
 
 def by_granularity(what: str, ratio: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown for rows that have a granularity each."""
-    lines = [f"| {what} | dtype | how | ms | GB/s | {ratio} |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    lines = [
+        f"| {what} | dtype | how | ms | GB/s | share of the floor | {ratio} |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     for row in rows:
         mark = " (noisy)" if row["noisy"] else ""
         lines.append(
             f"| {row['granularity']} | {row['dtype']} | {row['how']}{mark} | {row['median_s'] * 1e3:.1f} "
-            f"| {row['gb_per_s']:.3g} | {row['speedup']:.2f}x |"
+            f"| {row['gb_per_s']:.3g} | {row['share_of_floor']:.2f} | {row['speedup']:.2f}x |"
         )
     return lines

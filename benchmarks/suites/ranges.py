@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Figures, summary, timed
+from benchmarks.harness import Figures, pass_over, summary, timed
 from benchmarks.quantized import GRANULARITIES, by_granularity
 from qat_compat.driving import observe_weights
 from qat_compat.frameworks import Needs, describe_model
@@ -39,7 +39,8 @@ def one(kind: str, dtype: str, how: str, width: str) -> Figures:
     figures = timed(lambda: granularity.native_scales(model) if how == "native" else observe_weights(chosen))
     if not all(torch.equal(a, b) for a, b in zip(granularity.scales(model), expected, strict=True)):
         raise RuntimeError("scales differ from those of the framework itself")
-    return {**figures, "bytes": sum(parameter.nbytes for parameter in model.parameters())}
+    weights = list(model.parameters())
+    return {**figures, "bytes": sum(weight.nbytes for weight in weights), "floor": pass_over(weights)}
 
 
 def rows(taken: Mapping[tuple[str, ...], Sequence[Figures]]) -> list[dict[str, Any]]:
@@ -53,6 +54,7 @@ def rows(taken: Mapping[tuple[str, ...], Sequence[Figures]]) -> list[dict[str, A
             how=how,
             width=int(width),
             gb_per_s=figures[0]["bytes"] / medians[kind, dtype, how, width] / 1e9,
+            share_of_floor=statistics.median(one["floor"] / one["seconds"] for one in figures),
             baseline=_HOW[0],
             speedup=medians[kind, dtype, _HOW[0], width] / medians[kind, dtype, how, width],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -15,11 +15,7 @@ from qat_compat.driving import Inputs
 from qat_compat.floating import to_float
 from qat_compat.loading import load, planned
 from qat_compat.names import Rename
-from qat_compat.options import (
-    CalibrationLike,
-    Globs,
-    Options,
-)
+from qat_compat.options import CalibrationLike, Globs, LoadOptions, Options
 from qat_compat.plan import Plan
 from qat_compat.report import Report
 from qat_compat.saving import write
@@ -61,7 +57,8 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
 
     A module's sites and the state that its state_dict does not hold are written beside the weights; the file still
     loads with plain torch (`.pt`) or safetensors (`.safetensors`). Of a converted model, a `.pt` file has the objects
-    that torch itself would save, and a `.safetensors` file the tensors in them.
+    that torch itself would save, and a `.safetensors` file the tensors in them. Training state is not written: of an
+    opened checkpoint the weights are saved, and a mapping that holds an optimizer or the like is refused.
 
     Example:
         >>> import tempfile, torch
@@ -77,12 +74,12 @@ def save_checkpoint(obj: SourceLike, path: str | PathLike[str], *, backup: bool 
         backup: Keep what stood there under a dated name.
 
     Raises:
-        SaveError: The file cannot be written; what stood at the destination is unchanged.
+        SaveError: The file cannot be written, or not all of it; what stood at the destination is unchanged.
     """
     return write(obj, path, backup=backup)
 
 
-def plan_load(model: nn.Module, source: SourceLike, **options: Any) -> Plan:
+def plan_load(model: nn.Module, source: SourceLike, **options: Unpack[LoadOptions]) -> Plan:
     """What :func:`load_checkpoint` would do with the same arguments: changes nothing and reads no tensor data.
 
     Example:

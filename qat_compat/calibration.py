@@ -26,7 +26,7 @@ _BLOCK = 1 << 18  # elements that are added up at a time
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """State of the activation quantizers of one model with one set of weights.
 

@@ -49,14 +49,13 @@ def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[s
 
 
 def _positional_count(model: nn.Module, available: int) -> int:
-    while isinstance(getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
-        model = getattr(model, "module", getattr(model, "_orig_mod", None))  # type: ignore[assignment]
     graph = getattr(model, "graph", None)
     if isinstance(graph, torch.fx.Graph):
         return sum(node.op == "placeholder" for node in graph.nodes)
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return available
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # a wrapper, or a model that takes all
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        return _positional_count(inner, available) if isinstance(inner, nn.Module) else available
     return sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
 
@@ -84,8 +83,8 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def run_once(call: Callable[..., Any], model: nn.Module, batch: Any, inputs: Inputs | None, number: int) -> None:
     """Hand one batch to the model; whatever the forward raises becomes a :class:`CalibrationError`."""
+    args, kwargs = _told(inputs, batch, number) if inputs is not None else arguments_for(model, batch)
     try:
-        args, kwargs = inputs(batch) if inputs is not None else arguments_for(model, batch)
         device = _device_of(model)
         call(*_moved(args, device), **_moved(kwargs, device))
     except CalibrationError:
@@ -94,7 +93,21 @@ def run_once(call: Callable[..., Any], model: nn.Module, batch: Any, inputs: Inp
         raise CalibrationError(
             f"the forward raised {type(error).__name__} on calibration batch {number}: {error}",
             found=_describe(batch),
-            remedy="pass inputs=, a callable(batch) -> (args, kwargs), if the batch is not what forward takes",
+            remedy="pass inputs=, a callable(batch) -> (args, kwargs), if the batch is not what forward takes"
+            if inputs is None
+            else "see whether what inputs= makes of the batch is what forward takes",
+        ) from error
+
+
+def _told(inputs: Inputs, batch: Any, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        args, kwargs = inputs(batch)
+        return tuple(args), dict(kwargs)
+    except Exception as error:
+        raise CalibrationError(
+            f"inputs= raised {type(error).__name__} on calibration batch {number}: {error}",
+            expected="a callable(batch) -> (args, kwargs)",
+            found=_describe(batch),
         ) from error
 
 

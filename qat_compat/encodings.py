@@ -157,7 +157,7 @@ def with_encodings(schema: Schema, forms: Mapping[str, Form]) -> Schema:
         for key, (entry, recipe) in encoded_entries(one).items():
             entries[key], recipes[key] = entry, recipe
         grids[quantizer] = grid_text(one)
-    return replace(schema, entries=entries, recipes=recipes, grids=grids, _by_quantizer={})
+    return replace(schema, entries=entries, recipes=recipes, grids=grids)
 
 
 def _named(names: tuple[str, ...]) -> Read:

@@ -7,11 +7,12 @@ Every failure that a caller can meet is a :class:`CompatError`. It carries data 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from qat_compat.text import collapse, counted, shorten
+from qat_compat.text import collapse, counted, printable, shorten
 
 __all__ = [
     "CalibrationError",
@@ -77,15 +78,15 @@ class CompatError(Exception):
 
     def __str__(self) -> str:
         rows = [
-            ("file", self.file),
-            ("key", self.key),
+            ("file", self.file and printable(self.file)),
+            ("key", self.key and printable(self.key)),
             ("expected", self.expected),
             ("found", self.found),
             ("remedy", self.remedy),
         ]
         lines = [self.message]
         lines += [f"  {name + ':':<9} {value}" for name, value in rows if value is not None]
-        return "\n".join(lines)
+        return "\n".join(printable(line) for text in lines for line in text.split("\n"))
 
 
 class CheckpointError(CompatError):
@@ -145,7 +146,7 @@ class Problem:
         return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
 
     def __str__(self) -> str:
-        return f"{self.kind.value:<12} {self.key}: {self.text}"
+        return printable(f"{self.kind.value:<12} {self.key}: {self.text}")
 
 
 class PlanError(CompatError):
@@ -157,10 +158,13 @@ class PlanError(CompatError):
         'fc.bias'
     """
 
-    def __init__(self, problems: Sequence[Problem], *, file: object | None = None, summary: str | None = None) -> None:
+    def __init__(self, problems: Iterable[Problem], *, file: object | None = None, summary: str | None = None) -> None:
         self.problems: tuple[Problem, ...] = tuple(sorted(problems, key=lambda p: (p.kind.value, p.key, p.detail)))
         number = counted(len(self.problems), "problem")
         super().__init__(summary or f"source and target cannot be joined: {number}", file=file)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanError, (self.problems,), self.__dict__  # `args`, which Exception would hand over, is the message
 
     def __str__(self) -> str:
         return "\n".join([super().__str__(), *(f"  {line}" for line in problem_lines(self.problems))])
@@ -187,7 +191,7 @@ def problem_lines(problems: Sequence[Problem], limit: int = _SHOWN_PROBLEMS) -> 
     for group in told[:limit]:
         first = group[0]
         head = f"{counted(len(group), 'key')}, such as " if len(group) > 1 else ""
-        lines.append(f"{first.kind.value:<12} {head}{first.key}: {first.text}")
+        lines.append(printable(f"{first.kind.value:<12} {head}{first.key}: {first.text}"))
         if len(group) > 1:
             lines += [f"{'':<17}{name}" for name in shorten(collapse(one.key for one in group), _SHOWN_NAMES)]
     if more := sum(map(len, told[limit:])):

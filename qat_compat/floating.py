@@ -233,7 +233,7 @@ def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
     else:
         captured = ()
     if not plan.ok:
-        raise PlanError(plan.problems, file=source.checkpoint.name)
+        raise PlanError(map(_of_like, plan.problems), file=source.checkpoint.name)
     names: dict[str, str | None] = {}
     absent: list[str] = []
     for step in plan.steps:
@@ -251,6 +251,20 @@ def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
         return source, _Layout(names, notes=notes)
     dtypes = {key: side.schema[key].dtype for key in names}
     return source, _Layout(names, dtypes, side.checkpoint, notes, _ties(side.checkpoint))
+
+
+_REMEDIES = {
+    ProblemKind.MISSING: "pass the source that holds it, or a like= without it",
+    ProblemKind.UNEXPECTED: "pass a like= that has it",
+    ProblemKind.MISMATCHED: "pass a like= of the source's sizes",
+    ProblemKind.AMBIGUOUS: "pass the float model itself as like=",
+}
+
+
+def _of_like(problem: Problem) -> Problem:
+    """The problem with a next step that a caller of `to_float` can take, who has no `rename=`, `keep=` or `drop=`."""
+    theirs = any(f"{option}=" in problem.remedy for option in ("rename", "keep", "drop"))
+    return replace(problem, remedy=_REMEDIES.get(problem.kind, "")) if theirs else problem
 
 
 def _ties(checkpoint: Checkpoint) -> dict[str, list[str]]:

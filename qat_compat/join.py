@@ -111,7 +111,7 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
     gone = set(ignored)
     gone |= {key for key, recipe in schema.recipes.items() if not gone.isdisjoint(recipe.sources)}
     entries = {key: entry for key, entry in schema.items() if key not in gone}
-    return replace(schema, entries=entries, _by_quantizer={}), ignored
+    return replace(schema, entries=entries), ignored
 
 
 # --- float entries ----------------------------------------------------------------------------------------------------
@@ -194,12 +194,12 @@ def _missing(draft: Draft, missing: Sequence[str], found: Match) -> None:
         # a file older than the counter (torch < 0.4.1): its absence says nothing about the weights
         for key in counters:
             draft.steps[key] = Keep(key, "the file is older than this counter")
-        missing = [key for key in missing if key not in set(counters)]
-    total = sum(1 for _ in draft.target.float_keys())
+        missing = [key for key in missing if key not in draft.steps]
+    total = len(draft.target.float_keys())
     filled = sum(isinstance(step, Copy) for step in draft.steps.values())
     if missing and (not filled or 2 * len(missing) > total):
         detail = f"the source fills {filled} of {total} float entries of the target"
-        example = next((key for key in draft.source.float_keys()), "nothing")
+        example = next(iter(draft.source.float_keys()), "nothing")
         remedy = f"the source holds names like {example}; choose the weights with select=, or map names with rename="
         draft.problem(ProblemKind.MISSING, "<coverage>", detail, remedy)
     for key in missing:

@@ -193,7 +193,7 @@ def _with_float_model(schema: Schema, float_model: nn.Module | None) -> Schema:
         return schema
     held = set(describe_model(float_model).schema)
     entries = {k: e._replace(optional="") if e.optional and e.site in held else e for k, e in schema.items()}
-    return replace(schema, entries=entries, _by_quantizer={})
+    return replace(schema, entries=entries)
 
 
 def _float_names(float_model: nn.Module | None) -> frozenset[str]:

@@ -75,7 +75,7 @@ def _without_prefix(schema: Schema, prefix: str) -> Schema:
         return schema
     entries = {key: entry._replace(site=entry.site.removeprefix(prefix)) for key, entry in schema.items()}
     fused = tuple(replace(one, host=one.host.removeprefix(prefix)) for one in schema.fused)
-    return replace(schema, entries=entries, fused=fused, _by_quantizer={})
+    return replace(schema, entries=entries, fused=fused)
 
 
 class _Matcher:

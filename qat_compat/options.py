@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import nn
@@ -15,7 +15,16 @@ from qat_compat.driving import Data, Inputs
 from qat_compat.errors import CalibrationError, CompatError
 from qat_compat.names import Rename
 
-__all__ = ["CalibrationLike", "Globs", "Options", "calibration_of", "check_options", "device_of", "globs_of"]
+__all__ = [
+    "CalibrationLike",
+    "Globs",
+    "LoadOptions",
+    "Options",
+    "calibration_of",
+    "check_options",
+    "device_of",
+    "globs_of",
+]
 
 CalibrationLike = Data | Calibration | str | PathLike[str] | Literal["defer"] | None
 Globs = str | Sequence[str]
@@ -37,6 +46,23 @@ class Options:
     mmap: bool = False
     device: torch.device | str | None = None
     progress: bool | None = None
+
+
+class LoadOptions(TypedDict, total=False):
+    """The same as keywords, for those who check their types."""
+
+    calibration: CalibrationLike
+    inputs: Inputs | None
+    select: str | None
+    float_model: nn.Module | None
+    rename: Rename
+    keep: Globs
+    drop: Globs
+    statistic: str
+    inplace: bool
+    mmap: bool
+    device: torch.device | str | None
+    progress: bool | None
 
 
 def globs_of(value: Globs) -> Sequence[str]:
@@ -62,6 +88,7 @@ def check_options(model: object, options: Options) -> None:
             "the unprepared module",
         ),
         ("inputs", options.inputs, options.inputs is None or callable(options.inputs), "callable(batch)"),
+        ("select", options.select, options.select is None or isinstance(options.select, str), "a dotted path"),
     ]
     for name in ("keep", "drop"):
         value = getattr(options, name)
@@ -69,7 +96,7 @@ def check_options(model: object, options: Options) -> None:
         rows.append((name, value, fine, "a glob or a list of globs"))
     pairs = options.rename
     fine = isinstance(pairs, Sequence) and not isinstance(pairs, str)
-    fine = fine and all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
+    fine = fine and all(isinstance(pair, (tuple, list)) and list(map(type, pair)) == [str, str] for pair in pairs)
     rows.append(("rename", pairs, fine, "a list of (pattern, replacement) pairs"))
     for name, value, fine, expected in rows:
         if not fine:

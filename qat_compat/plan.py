@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from qat_compat.errors import Problem, problem_lines
-from qat_compat.text import collapse, shorten
+from qat_compat.text import collapse, printable, shorten
 
 __all__ = ["Copy", "Derive", "Drop", "How", "Keep", "Plan", "Step", "Synthesize"]
 
@@ -205,7 +205,7 @@ def body(plan: Plan, *, lines_per_group: int = 8) -> list[str]:
         lines += [f"{'':<20}{name}" for name in shorten(collapse(keys), lines_per_group)]
     lines += [f"  warning: {text}" for text in shorten(plan.warnings, 12)]
     lines += [f"  {'' if text.startswith(' ') else 'problem: '}{text}" for text in problem_lines(plan.problems, 24)]
-    return lines
+    return [printable(line) for line in lines]
 
 
 def sorted_problems(problems: Sequence[Problem]) -> tuple[Problem, ...]:

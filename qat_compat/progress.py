@@ -11,6 +11,11 @@ __all__ = ["progress_bars"]
 _WORDS = {"read": "reading tensors", "calibrate": "calibrating"}
 
 
+def _is_watched() -> bool:
+    """Whether standard error is a terminal; a service may have none, or have closed it."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 @contextmanager
 def progress_bars(show: bool | None, totals: dict[str, int | None]) -> Iterator[Callable[[str], None]]:
     """A callable that advances one stage ("read", "calibrate") by one.
@@ -19,7 +24,7 @@ def progress_bars(show: bool | None, totals: dict[str, int | None]) -> Iterator[
         show: True or False, or None for "if standard error is a terminal".
         totals: Stage -> number of steps, None where that is not known before.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if not (_is_watched() if show is None else show):
         yield lambda _stage: None
         return
     from rich.console import Console

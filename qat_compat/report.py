@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_compat.errors import Problem, SaveError
-from qat_compat.plan import Plan, Step, body, grouped, reason_of
+from qat_compat.plan import Copy, Plan, Step, body, grouped, reason_of
 from qat_compat.text import collapse, counted
 
 __all__ = ["Report", "fit", "write_page"]
@@ -81,10 +81,11 @@ class Report:
         return self.plan.dropped
 
     def provenance(self, key: str) -> str:
-        """Where the value of one target key came from."""
+        """Where the value of one target key came from: the step, the source's name for it if it differs, and why."""
         for step in self.plan.steps:
             if step.key == key:
-                return f"{type(step).__name__.lower()}: {reason_of(step)}"
+                of = f" of {step.source}" if isinstance(step, Copy) and step.source != key else ""
+                return f"{type(step).__name__.lower()}{of}: {reason_of(step)}"
         raise KeyError(key)
 
     def to_json(self, *, indent: int | None = 2) -> str:
@@ -232,7 +233,7 @@ def write_page(plan: Plan, path: str | PathLike[str], *, report: Report | None =
     """
     destination = Path(path)
     try:
-        destination.write_text(_page(plan, report), encoding="utf-8")
+        destination.write_text(_page(plan, report), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise SaveError(
             "the page cannot be written", file=destination, found=error.strerror, remedy="choose another path"

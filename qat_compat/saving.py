@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 from qat_compat.encodings import form_to_record
+from qat_compat.errors import SaveError
 from qat_compat.floating import float_names
 from qat_compat.frameworks import Description
 from qat_compat.schema import Role
 from qat_compat.source import Source, SourceLike, forms_of, hidden_state, open_any
-from qat_compat.storage import save
+from qat_compat.storage import Checkpoint, save
+from qat_compat.text import shorten
 
 __all__ = ["write"]
 
@@ -23,6 +26,8 @@ def write(obj: SourceLike, path: str | PathLike[str], *, backup: bool) -> Path:
     """Write a module or a checkpoint with what it says of its keys."""
     source = open_any(obj)
     about = source.checkpoint
+    if isinstance(obj, Mapping) and not isinstance(obj, Checkpoint):
+        _refuse_training_state(about, path)
     values = {key: source.read(key) for key, entry in source.schema.items() if entry.role is Role.EXTRA}
     extra = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
     if source.description is None:
@@ -47,6 +52,20 @@ def write(obj: SourceLike, path: str | PathLike[str], *, backup: bool) -> Path:
     assert isinstance(obj, nn.Module)
     versions = getattr(obj.state_dict(), "_metadata", None)
     return save(tensors, path, versions=versions, record=record, backup=backup)
+
+
+def _refuse_training_state(mapping: Checkpoint, path: str | PathLike[str]) -> None:
+    """The optimizer and the rest of a training checkpoint would be gone, and its caller would learn of it too late."""
+    beside = [name for name in mapping.metadata if name != "extra_state"]
+    if beside:
+        raise SaveError(
+            "the mapping holds more than weights, and only weights are saved",
+            file=path,
+            expected="a state_dict",
+            found=", ".join(shorten(beside, 6)),
+            remedy="pass the state_dict in it, and keep the rest with torch.save; or pass"
+            " qat_compat.open_checkpoint(mapping) to save the weights alone",
+        )
 
 
 def _encodings(description: Description) -> dict[str, Any]:

@@ -252,7 +252,6 @@ class Schema(Mapping[str, Entry]):
     unreadable: Mapping[str, str] = field(default_factory=dict, repr=False)
     folds: bool = False
     doubtful: frozenset[str] = frozenset()
-    _by_quantizer: dict[str, list[str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, key: str) -> Entry:
         return self.entries[key]
@@ -279,11 +278,15 @@ class Schema(Mapping[str, Entry]):
 
     def by_quantizer(self) -> Mapping[str, list[str]]:
         """Quantizer name -> the keys of its state."""
-        if not self._by_quantizer:
-            for key, entry in self.entries.items():
-                if entry.quantizer:
-                    self._by_quantizer.setdefault(entry.quantizer, []).append(key)
         return self._by_quantizer
+
+    @cached_property
+    def _by_quantizer(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key, entry in self.entries.items():
+            if entry.quantizer:
+                found.setdefault(entry.quantizer, []).append(key)
+        return found
 
     def undecoded(self) -> list[str]:
         """Keys of integers from which no float tensor can be computed."""

@@ -129,7 +129,7 @@ def _described(checkpoint: Checkpoint) -> Source:
     schema = _as_recorded(describe_keys(view), checkpoint)
     extra = {key: Entry(key, Role.EXTRA, (), torch.uint8) for key in extra_state(checkpoint) if key not in schema}
     if extra:
-        schema = replace(schema, entries={**schema.entries, **extra}, _by_quantizer={})
+        schema = replace(schema, entries={**schema.entries, **extra})
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema)
 
@@ -170,7 +170,7 @@ def _as_recorded(schema: Schema, checkpoint: Checkpoint) -> Schema:
     aliases = record.get("aliases")
     if isinstance(aliases, Mapping):  # one quantizer under several names is one quantizer
         entries = {k: e._replace(quantizer=str(aliases.get(e.quantizer, e.quantizer))) for k, e in schema.items()}
-        schema = replace(schema, entries=entries, _by_quantizer={})
+        schema = replace(schema, entries=entries)
     grids = record.get("grids")
     if isinstance(grids, Mapping):
         schema = replace(schema, grids={**schema.grids, **{str(name): str(grid) for name, grid in grids.items()}})
@@ -255,7 +255,7 @@ def _as_saved(description: Description, tensors: dict[str, Tensor]) -> Schema:
         if value is not None:
             saved = join_path(split_path(key)[0], split_path(entry.leaf)[1])
             entries[saved], tensors[saved] = entry, value
-    return replace(description.schema, entries=entries, _by_quantizer={})
+    return replace(description.schema, entries=entries)
 
 
 def forms_of(description: Description) -> dict[str, Form]:

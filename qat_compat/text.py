@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["collapse", "counted", "shorten"]
+__all__ = ["collapse", "counted", "printable", "shorten"]
 
 _FOLDED = 300  # lines; folding by part takes time with the square of them
+_LISTED = 32  # names in one pair of braces; of more, the first few stand for all
+_FIRST = 8
+_DIGITS = 18  # of a number; more are a hash, or a date and time
 _PART = re.compile(r"(?:[^.{]|\{[^{}]*\})+")  # of a dotted name; what stands in braces is one part
 
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])|\d+$|(?<=[A-Za-z_])\d+(?=\.|$)")
@@ -24,7 +28,7 @@ def collapse(names: Iterable[str]) -> list[str]:
         >>> collapse(f"attention.{part}.{leaf}" for part in ("query", "key") for leaf in ("weight", "bias"))
         ['attention.{query,key}.{weight,bias}']
     """
-    folded = _fold_leaves(list(dict.fromkeys(names)))
+    folded = _fold_leaves(list(dict.fromkeys(map(printable, names))))
     while True:
         smaller = _fold_numbers(folded)
         if len(smaller) == len(folded):
@@ -44,40 +48,38 @@ def _fold_leaves(names: Sequence[str]) -> list[str]:
 
 
 def _braced(parent: str, leaves: Sequence[str]) -> str:
-    text = leaves[0] if len(leaves) == 1 else "{" + ",".join(leaves) + "}"
+    text = leaves[0] if len(leaves) == 1 else _listed(leaves, _LISTED)
     return f"{parent}.{text}" if parent else text
+
+
+def _listed(parts: Sequence[str], most: int) -> str:
+    return "{" + ",".join(parts if len(parts) <= most else [*parts[:_FIRST], "..."]) + "}"
+
+
+_Form = tuple[str, str]  # what stands before a number in a name, and behind it
 
 
 def _fold_numbers(names: Sequence[str]) -> list[str]:
     """Fold the leftmost number position in which several names, otherwise equal, differ."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    home: dict[str, tuple[str, str]] = {}
-    counts: dict[tuple[str, str], int] = {}
-    for name in names:
-        for found in _NUMBER.finditer(name):
-            form = (name[: found.start()], name[found.end() :])
-            counts[form] = counts.get(form, 0) + 1
-    for name in names:
-        forms = [(name[: m.start()], name[m.end() :]) for m in _NUMBER.finditer(name)]
-        best = max(forms, key=lambda form: counts[form], default=None)
-        if best is not None and counts[best] > 1:
-            home[name] = best
-    out: dict[str, None] = {}
-    for name in names:
-        best = home.get(name)
-        if best is None:
-            out[name] = None
+    forms = {name: list(_forms(name)) for name in names}
+    counts = Counter(form for found in forms.values() for form in found)
+    values: dict[_Form, set[int]] = {}
+    lines: dict[str | _Form, None] = {}  # a form stands for all names that have it, at the place of the first
+    for name, found in forms.items():
+        best = max(found, key=counts.__getitem__, default=None)
+        if best is None or counts[best] < 2:
+            lines[name] = None
             continue
-        groups.setdefault(best, []).append(int(name[len(best[0]) : len(name) - len(best[1])]))
-        out[f"\0{best[0]}\0{best[1]}"] = None
-    lines = []
-    for item in out:
-        if not item.startswith("\0"):
-            lines.append(item)
-            continue
-        _, head, tail = item.split("\0")
-        lines.append(f"{head}{_numbers(sorted(set(groups[(head, tail)])))}{tail}")
-    return lines
+        values.setdefault(best, set()).add(int(name[len(best[0]) : len(name) - len(best[1])]))
+        lines[best] = None
+    return [x if isinstance(x, str) else f"{x[0]}{_numbers(sorted(values[x]))}{x[1]}" for x in lines]
+
+
+def _forms(name: str) -> Iterator[_Form]:
+    for found in _NUMBER.finditer(name):
+        text = found.group()
+        if len(text) <= _DIGITS and (text == "0" or text[0] != "0"):  # 01 is another name than 1
+            yield name[: found.start()], name[found.end() :]
 
 
 def _fold_parts(names: Sequence[str]) -> list[str]:
@@ -97,17 +99,26 @@ def _fold_parts(names: Sequence[str]) -> list[str]:
             return list(map(".".join, lines))
         gone = [(*form[:index], part, *form[index + 1 :]) for part in parts]
         place = lines.index(gone[0])
-        lines[place] = (*form[:index], "{" + ",".join(parts) + "}", *form[index + 1 :])
+        lines[place] = (*form[:index], _listed(parts, _LISTED), *form[index + 1 :])
         lines = [line for line in lines if line not in gone]
 
 
 def _numbers(values: Sequence[int]) -> str:
     if len(values) == 1:
         return str(values[0])
-    if len(values) > 2 and list(values) == list(range(values[0], values[-1] + 1)):
+    if len(values) > 2 and values[-1] - values[0] == len(values) - 1:  # they are sorted, and no two are alike
         return f"{{{values[0]}...{values[-1]}}}"
-    shown = ",".join(map(str, values[:8])) + (",..." if len(values) > 8 else "")
-    return f"{{{shown}}}"
+    return _listed([str(value) for value in values], _FIRST)
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey, or could not show, written as an escape.
+
+    Example:
+        >>> print(printable("\\x1b[31mconv\\n.weight"))
+        \\x1b[31mconv\\n.weight
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def counted(count: int, noun: str) -> str:

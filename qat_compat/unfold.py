@@ -93,7 +93,7 @@ def unfold(
             entries[bias] = entries[bias]._replace(role=Role.CONSTANT, optional=f"moved into {norm.path}")
             taken.add(bias)
     doubtful = frozenset() if evidence else source.doubtful
-    return replace(source, entries=entries, recipes=recipes, doubtful=doubtful, _by_quantizer={})
+    return replace(source, entries=entries, recipes=recipes, doubtful=doubtful)
 
 
 def _norms(target: Schema, evidence: Sequence[Evidence], eps: Mapping[str, float]) -> Iterator[_Norm]:

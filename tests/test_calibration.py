@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_apply import CASES, prepared, untouched
 from torch import Tensor, nn
-from torch.ao.quantization import QuantStub, get_default_qat_qconfig, prepare_qat
+from torch.ao.quantization import QuantStub, QuantWrapper, get_default_qat_qconfig, prepare_qat
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import ARCHS
 
@@ -147,6 +147,37 @@ def test_a_wrapper_does_not_hide_what_forward_takes(expected: nn.Module) -> None
     assert_same_state(model.module, expected)
 
 
+class _Branch(nn.Module):
+    """Not a wrapper, though its part is called as DDP calls what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.module = QuantStub(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        return self.module(self.quant(x if gain is None else x * gain))
+
+
+def test_what_forward_takes_is_asked_of_the_model_and_not_of_a_part_called_module() -> None:
+    model = _Branch().train()
+    model.qconfig = get_default_qat_qconfig("x86")
+    model = prepare_qat(model)
+    qc.load_checkpoint(model, _Branch().state_dict(), calibration=[(torch.ones(2, 4), torch.tensor(100.0))])
+    assert model.quant.activation_post_process.activation_post_process.max_val == 100
+
+
+def test_a_quant_wrapper_is_given_what_it_takes() -> None:
+    class Net(nn.Linear):
+        def forward(self, x: Tensor, features: bool = False) -> Tensor:
+            return super().forward(x)
+
+    model = QuantWrapper(Net(4, 4)).train()
+    model.qconfig = get_default_qat_qconfig("x86")
+    model = prepare_qat(model)
+    state = QuantWrapper(Net(4, 4)).state_dict()
+    assert qc.load_checkpoint(model, state, calibration=[(torch.ones(2, 4), torch.zeros(2))]).batches == 1
+
+
 def test_defer_leaves_ranges_to_training_with_observers_on() -> None:
     model = prepared("eager-x86", "plain")
     fresh = copy.deepcopy(model.state_dict())
@@ -265,7 +296,7 @@ def test_calibrate_takes_every_form_of_data() -> None:
         for form in ("generator", "with labels", "numpy", "keywords"):
             other = qc.calibrate(model, _FORMS[form]())
             assert_same_state(dict(other.tensors), dict(first.tensors))
-            assert other == qc.Calibration(other.tensors, "native", 2, first.weights)
+            assert (other.statistic, other.batches, other.weights) == ("native", 2, first.weights)
         by_callable = qc.calibrate(model, lambda m: [m(batch) for batch in ARCH.batches()])
     assert_same_state(dict(by_callable.tensors), dict(first.tensors))
     assert by_callable.batches == 0

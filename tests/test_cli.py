@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -313,9 +314,11 @@ def test_errors_are_said_without_a_traceback(
     assert "Traceback" not in captured.err
 
 
-def test_an_error_of_the_users_own_code_passes() -> None:
-    with pytest.raises(ZeroDivisionError):
-        main(["plan", "float.pt", "factories_of_test_cli:broken"])
+def test_an_error_of_the_users_own_code_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """And its status is that of an error, not that of a plan with problems."""
+    assert main(["plan", "float.pt", "factories_of_test_cli:broken"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and "ZeroDivisionError" in error and "factories_of_test_cli.py" in error
 
 
 @pytest.mark.parametrize("rename", ["no-equals-sign", "(=x"])
@@ -329,10 +332,21 @@ def test_a_malformed_option_is_a_usage_error(capsys: pytest.CaptureFixture[str],
 def test_a_reader_may_stop_reading() -> None:
     """`qat-compat inspect ... | head`: no traceback, whatever is left to say."""
     torch.save({f"{'x' * i}.weight": torch.zeros(i) for i in range(1, 3000)}, "many.pt")
-    command = f"{sys.executable!r} -m qat_compat.cli inspect many.pt --json | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert done.stdout == "{\n"
-    assert done.stderr == ""
+    for option, first in (("--json", "{"), ("", "many.pt")):
+        command = f"{sys.executable!r} -m qat_compat.cli inspect many.pt {option} | head -n 1"
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+        assert done.stdout.startswith(first)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_name_that_the_terminal_cannot_write_is_no_crash() -> None:
+    torch.save({"größe\x1b[31m.weight": torch.zeros(2)}, "odd.pt")
+    done = subprocess.run(
+        [sys.executable, "-m", "qat_compat.cli", "inspect", "odd.pt"],
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"gr\\xf6\\xdfe\\x1b[31m.weight" in done.stdout
 
 
 # --- the pages that reports and plans become --------------------------------------------------------------------------

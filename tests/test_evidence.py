@@ -70,12 +70,14 @@ def test_running_statistics_decide_with_data() -> None:
     state = _make().state_dict()
     twin = assert_twin(_make, _prepare, state, _batches())
     assert torch.equal(twin.loaded.conv1.bn.running_mean, state["bn2.running_mean"])
-    assert twin.report.provenance("conv1.bn.weight") == "copy: running statistics of the calibration data"
+    assert twin.report.provenance("conv1.bn.weight") == (
+        "copy of bn2.weight: running statistics of the calibration data"
+    )
 
 
 def test_float_model_decides() -> None:
     twin = assert_twin(_make, _prepare, _make().state_dict(), _batches(), float_model=Interleaved())
-    assert twin.report.provenance("conv1.bn.weight") == "copy: trace of the float model"
+    assert twin.report.provenance("conv1.bn.weight") == "copy of bn2.weight: trace of the float model"
 
 
 def test_data_that_fits_both_decides_nothing() -> None:

@@ -65,12 +65,12 @@ def needed() -> set[str]:
 
 
 def test_one_version_everywhere() -> None:
-    version = PROJECT["version"]
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "qat_compat.__version__"}
+    version = qat_compat.__version__
     newest = re.search(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
     assert newest[1] == version
     assert importlib.metadata.version("qat-compat") == version
-    assert qat_compat.__version__ == version
 
 
 def test_one_oldest_python_everywhere() -> None:
@@ -119,7 +119,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
 
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    info = f"qat_compat-{PROJECT['version']}.dist-info"
+    info = f"qat_compat-{qat_compat.__version__}.dist-info"
     package = {name for name in names if not name.startswith(f"{info}/")}
     modules = {path.relative_to(source).as_posix() for path in (source / "qat_compat").rglob("*.py")}
     assert package == modules | {"qat_compat/py.typed"}

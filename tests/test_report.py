@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import json
+import pickle
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_counts_are_those_of_the_steps() -> None:
 
 def test_every_key_has_a_provenance() -> None:
     report = _report()
-    assert report.provenance("fc.weight") == "copy: wrapper prefix"
+    assert report.provenance("fc.weight") == "copy of module.fc.weight: wrapper prefix"
     assert report.provenance("fc.weight_fake_quant.scale") == "synthesize: from weights"
     assert report.provenance("fc.activation_post_process.scale") == "synthesize: from calibration"
     assert report.provenance("fc.activation_post_process.observer_enabled").startswith("keep: a setting")
@@ -118,3 +120,27 @@ def test_equal_loads_give_equal_reports_but_for_the_time() -> None:
     for data in (first, second):
         del data["seconds"]
     assert first == second
+
+
+def test_control_characters_in_a_key_do_not_reach_the_terminal_or_forge_a_line(tmp_path: Path) -> None:
+    odd = "\x1b[31mred\n  remedy:   none\udc80.weight"
+    model, state = nn.Linear(1, 1), {"weight": torch.ones(1, 1), "bias": torch.ones(1), odd: torch.ones(1)}
+    with pytest.raises(qc.PlanError) as caught:
+        qc.load_checkpoint(model, state)
+    report = qc.load_checkpoint(model, state, drop="*red*")
+    error = qc.CompatError("no such key", key=odd, found="two\nlines")
+    for text in (str(caught.value), str(caught.value.problems[0]), str(report.plan), str(report), str(error)):
+        assert "\\x1b[31mred\\n  remedy:   none\\udc80.weight" in text
+        assert "\x1b" not in text and "\n  remedy:   none" not in text
+    assert str(error).endswith("two\nlines")
+    assert caught.value.problems[0].key == odd
+    page = report.to_html(tmp_path / "page.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    assert "\\x1b[31mred" in page
+
+
+def test_an_error_with_problems_goes_from_process_to_process() -> None:
+    problem = qc.Problem(qc.ProblemKind.MISSING, "fc.bias", "not in the file", "pass keep=")
+    error = qc.PlanError([problem], file="a.pt", summary="of my own words")
+    for same in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(same) is qc.PlanError
+        assert (str(same), same.problems, same.file) == (str(error), (problem,), "a.pt")

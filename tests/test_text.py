@@ -29,6 +29,17 @@ from qat_compat.text import collapse, shorten
             ["activation_post_process_{0,1}.scale"],
         ),
         (["fc.w", "fc.w"], ["fc.w"]),
+        # a number is not counted out, nor rounded off
+        ([f"h.{i}.w" for i in (20240101, 20250101, 1700000000)], ["h.{20240101,20250101,1700000000}.w"]),
+        ([f"h.{i}.w" for i in ("9" * 20, "1" * 5000)], ["h.{" + "9" * 20 + "," + "1" * 5000 + "}.w"]),
+        (["m.01.w", "m.1.w"], ["m.{01,1}.w"]),
+        ([f"b.{i:02}.w" for i in range(3)], ["b.{00,01,02}.w"]),
+        # of a great many names the first stand for all
+        ([f"{'x' * i}.w" for i in range(1, 40)], ["{" + ",".join("x" * i for i in range(1, 9)) + ",...}.w"]),
+        (["fc." + "x" * i for i in range(1, 40)], ["fc.{" + ",".join("x" * i for i in range(1, 9)) + ",...}"]),
+        # what a terminal would obey is shown
+        (["\0a.1", "\0a.2"], ["\\x00a.{1,2}"]),
+        (["a\x1b[31m\n.w", "\udc80"], ["a\\x1b[31m\\n.w", "\\udc80"]),
     ],
 )
 def test_collapse(names: list[str], expected: list[str]) -> None:

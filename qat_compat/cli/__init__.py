@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
+from io import TextIOWrapper
 
 from rich.console import Console
 from rich.text import Text
 
+from qat_compat import __version__
 from qat_compat.cli import convert, diff, inspect, plan
 from qat_compat.errors import CompatError
 
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         1
     """
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that the terminal has not
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -47,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough: `qat-compat inspect model.pt | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:  # of the user's own factory, or a defect: not the status that means "no"
+        traceback.print_exc()
+        return 2
     return status
 
 
@@ -56,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Checkpoints for quantization-aware training.",
         epilog="Exit status: 0 for yes, 1 for no (files differ, a plan has problems), 2 for an error.",
     )
-    parser.add_argument("--version", action="version", version=f"qat-compat {version('qat-compat')}")
+    parser.add_argument("--version", action="version", version=f"qat-compat {__version__}")
     select = argparse.ArgumentParser(add_help=False)
     select.add_argument(
         "--select", metavar="WHICH", help="which weights of the file: ema, model, or a dotted path inside it"

@@ -11,9 +11,16 @@ from qat_compat.storage import Checkpoint
 __all__ = ["bytes_held", "console", "distinct", "size_text"]
 
 
+class _Pipe(Console):
+    """Says that its reader has gone, where rich would end the process with the status of a failure."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output, without colours of its own choice."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return _Pipe(highlight=False, markup=False, emoji=False)
 
 
 def distinct(checkpoint: Checkpoint) -> list[str]:

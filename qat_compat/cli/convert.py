@@ -34,7 +34,8 @@ def _to_float(arguments: argparse.Namespace) -> int:
     out = console()
     for note in checkpoint.notes:
         out.print(fit(f"note: {note}", out.width), soft_wrap=True)
-    out.print(f"{arguments.out}: {counted(len(checkpoint), 'float tensor')}, {size_text(bytes_held(checkpoint))}")
+    about = f"{counted(len(checkpoint), 'float tensor')}, {size_text(bytes_held(checkpoint))}"
+    out.print(f"{arguments.out}: {about}", soft_wrap=True)
     return 0
 
 

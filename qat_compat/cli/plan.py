@@ -73,7 +73,7 @@ def _batches(model: nn.Module) -> None:
 
 
 def _made_by(factory: str) -> nn.Module:
-    """What the user's own function returns. An exception of that function is the user's, and passes."""
+    """What the user's own function returns. An exception of that function is the user's, and is shown as it is."""
     name, colon, attribute = factory.partition(":")
     if not (name and colon and attribute):
         raise CompatError("this names no factory", key=factory, expected="module:factory", found=factory)

@@ -243,5 +243,4 @@ def with_sites(schema: Schema, sites: Mapping[str, str]) -> Schema:
         entries=entries,
         fused=tuple(one for one in schema.fused if one.prefix not in moved),
         recorded=True,
-        _by_quantizer={},
     )

@@ -76,7 +76,7 @@ class ConvertedPT2E(KeyedFramework):
                 entries[key] = entry._replace(role=Role.CONSTANT, optional=_COMPUTED)
         norms = {split_path(key)[0] for key in entries if folded is None and split_path(key)[1] == "running_mean"}
         doubtful = frozenset(key for key in entries if split_path(key)[0] in norms)
-        return replace(schema, entries=entries, recorded=folded is not None, doubtful=doubtful, _by_quantizer={})
+        return replace(schema, entries=entries, recorded=folded is not None, doubtful=doubtful)
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded]:
         recorded = view.record.get("integers")

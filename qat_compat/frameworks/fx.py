@@ -143,7 +143,7 @@ class FX(TorchAO):
             key: entry._replace(role=Role.CONSTANT, optional=CAPTURED) if is_captured(key) else entry
             for key, entry in schema.items()
         }
-        return replace(schema, entries=entries, _by_quantizer={})
+        return replace(schema, entries=entries)
 
     def _quantizer(self, view: ModelView, names: tuple[str, ...], module: nn.Module) -> FakeQuant:
         parent, leaf = split_path(names[0])

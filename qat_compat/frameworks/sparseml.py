@@ -48,7 +48,7 @@ class QuantWrapped(TorchAO):
         fused = {one.prefix: replace(one, host=bare(one.host)) for one in schema.fused}
         entries = {key: _entry(key, entry, wrapped, bare, fused) for key, entry in schema.items()}
         places = frozenset(map(bare, schema.places))
-        return replace(schema, entries=entries, fused=tuple(fused.values()), places=places, _by_quantizer={})
+        return replace(schema, entries=entries, fused=tuple(fused.values()), places=places)
 
     def _wrappers(self, view: KeyView) -> set[str]:
         return _wrapped(view)

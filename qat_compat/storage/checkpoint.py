@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
@@ -117,6 +118,23 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.specs)
+
+    # a mapping is equal by its values: of tensors there is no such answer, and all of them would be read for it
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __copy__(self) -> Checkpoint:
+        same = object.__new__(type(self))
+        same.__dict__.update(self.__dict__)
+        return same
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Checkpoint:
+        return self.__copy__()  # what it holds is read only
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, and so saved by `torch.save`, it is the state_dict that it stands for."""
+        state = {"_metadata": OrderedDict(self.versions)} if self.versions else None
+        return OrderedDict, (), state, None, iter(self.items())
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, {len(self)} tensors, {self.framework}, {self.stage})"

@@ -133,7 +133,8 @@ def load_checkpoint(
         calibration: Batches; a callable that is given the model in eval mode and runs it; a :class:`Calibration` or
             its path; `"defer"` to leave activation ranges to the first training batches; None if nothing needs data.
         inputs: `callable(batch) -> (args, kwargs)`. By default a tensor is the only argument, a mapping becomes
-            keywords, a tuple or list is cut to the positional parameters of `forward`.
+            keywords, a tuple or list is cut to the positional parameters of `forward`. Tensors go to the model's
+            device either way; where some must not (lengths of packed sequences), pass a callable as `calibration`.
         select: Which of several sets of weights in the file.
         float_model: The unprepared model: exact evidence for names that fusion took away.
         rename: Ordered (regex, replacement) pairs over source keys.

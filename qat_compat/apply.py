@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -18,7 +19,7 @@ from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QPar
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.isolation import preserved_random_state
 from qat_compat.plan import Copy, Derive, How, Plan, Step, Synthesize
-from qat_compat.schema import Role
+from qat_compat.schema import Role, Schema
 from qat_compat.staging import Reading, Staged, stage
 from qat_compat.state import Slot, split_path
 from qat_compat.text import counted
@@ -27,6 +28,7 @@ from qat_compat.transaction import Transaction
 __all__ = ["Driving", "Outcome", "apply"]
 
 # observers may be frozen while weights train on, so a range can lag; no training moves a weight by the second factor
+# from a range that was once its own, though it may from one that a moving average began with
 _DRIFT_NOTED = 2.0
 _DRIFT_REFUSED = 16.0
 
@@ -59,7 +61,9 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
         QParamError: A scale or zero_point that no quantizer can use.
     """
     description = reading.description
-    with preserved_random_state(), torch.no_grad():
+    # what is made in inference mode could not be trained; what the model has from there can be written in it alone
+    fixed = any(slot.tensor.is_inference() for slot in description.view.slots.values())
+    with preserved_random_state(), torch.inference_mode(fixed), torch.no_grad():
         staged = stage(plan, reading)
         runs = _runs(plan, staged, description)
         transaction = Transaction(description.view.model, description.view.slots, runs=runs)
@@ -118,7 +122,14 @@ def _adopt(plan: Plan, description: Description) -> None:
             quantizer.adopt(leaves[quantizer.name])
 
 
-def _is_taken(step: Step) -> bool:
+def _theirs(step: Copy | Derive, schema: Schema) -> str:
+    """The source's name for the quantizer of which a step takes something."""
+    origin = step.source if isinstance(step, Copy) else step.sources[0]
+    leaf = f".{schema[step.key].leaf}"
+    return origin.removesuffix(leaf) if origin.endswith(leaf) else split_path(origin)[0]
+
+
+def _is_taken(step: Step) -> TypeGuard[Copy | Derive]:
     """Whether its value is the source's, in whatever terms."""
     return isinstance(step, Copy) or (isinstance(step, Derive) and step.is_read)
 
@@ -256,7 +267,7 @@ def _stale(plan: Plan, description: Description) -> list[str]:
         return []
     schema = description.schema
     ranges = (Role.MIN, Role.AMAX)
-    taken = {schema[s.key].quantizer for s in plan.steps if _is_taken(s) and schema[s.key].role in ranges}
+    taken = {schema[s.key].quantizer: s for s in plan.steps if _is_taken(s) and schema[s.key].role in ranges}
     findings: list[str] = []
     problems: list[Problem] = []
     for quantizer in description.quantizers:
@@ -264,10 +275,10 @@ def _stale(plan: Plan, description: Description) -> list[str]:
         if factor is None or 1 / _DRIFT_NOTED < factor < _DRIFT_NOTED:
             continue
         detail = f"the weight reaches {factor:.3g} times the range that the source holds for it"
-        if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED:
+        if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED or quantizer.follows():
             findings.append(f"{quantizer.name}: {detail}")
         else:
-            remedy = f"drop='{quantizer.name}.*' recomputes the range from the weight"
+            remedy = f"drop='{_theirs(taken[quantizer.name], schema)}.*' recomputes the range from the weight"
             problems.append(Problem(ProblemKind.STALE, quantizer.name, detail, remedy))
     if problems:
         raise PlanError(problems, file=plan.source, summary="the source holds ranges of other weights")

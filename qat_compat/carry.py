@@ -24,7 +24,10 @@ _RANGE = (Role.MIN, Role.MAX)
 def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Match) -> None:
     origins = find_origins(draft, quantizers, match)
     foreign = any(
-        origin is not None and quantizer.needs is Needs.WEIGHTS and _granularity_differs(draft, quantizer, origin)
+        origin is not None
+        and quantizer.needs is Needs.WEIGHTS
+        and not _is_kept(draft, quantizer)
+        and _granularity_differs(draft, quantizer, origin)
         for quantizer, origin in origins
     )
     mine = draft.target.by_quantizer()
@@ -34,6 +37,11 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
             _synthesize(draft, quantizer, keys, "")
         else:
             _carry(draft, quantizer, keys, origin, foreign)
+
+
+def _is_kept(draft: Draft, quantizer: Quantizer) -> bool:
+    """Whether its module has its own weights still, which the source's state says nothing of."""
+    return quantizer.site.partition(":")[2].partition("+")[0] in draft.kept_modules
 
 
 def _granularity_differs(draft: Draft, quantizer: Quantizer, origin: Origin) -> bool:
@@ -96,7 +104,7 @@ def _observed_leaves(draft: Draft, keys: Sequence[str]) -> list[str]:
 def _refused(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Origin) -> tuple[str, str] | None:
     """Why nothing of the source's state can be taken: for its own keys, and for the quantizer's."""
     target = draft.target
-    if quantizer.site.partition(":")[2].partition("+")[0] in draft.kept_modules:
+    if _is_kept(draft, quantizer):
         return "its module keeps its own value (keep=)", "its module keeps its own value"
     if _granularity_differs(draft, quantizer, origin):
         means = "recomputed from the weights" if quantizer.needs is Needs.WEIGHTS else "cannot be carried"

@@ -128,21 +128,32 @@ def _watched(
     histograms: Mapping[str, RangeHistogram],
     number: list[int | None],
 ) -> Iterator[None]:
-    """Note which quantizers are handed a tensor with something in it; collect histograms where they are asked for."""
+    """Note which quantizers have seen a tensor with something in it; collect histograms where they are asked for."""
     handles = []
+    inside: dict[str, Tensor] = {}  # what a quantizer that has not come to its end was handed
     for quantizer in quantizers:
 
-        def hook(_module: nn.Module, args: Any, quantizer: Quantizer = quantizer) -> None:
+        def enter(_module: nn.Module, args: Any, quantizer: Quantizer = quantizer) -> None:
             if args and isinstance(args[0], Tensor) and args[0].numel():
-                seen.add(quantizer.name)
-                if quantizer.hides_infinity() and not bool(torch.isfinite(args[0]).all()):
+                inside[quantizer.name] = args[0]
+                if quantizer.hides_infinity() and not _is_finite(args[0]):
                     raise _not_finite([quantizer.name], number[0])
                 if quantizer.name in histograms:
                     histograms[quantizer.name].add(args[0].detach())
 
-        handles.append(quantizer.module.register_forward_pre_hook(hook))
+        def leave(_module: nn.Module, _args: Any, _result: Any, quantizer: Quantizer = quantizer) -> None:
+            if inside.pop(quantizer.name, None) is not None:
+                seen.add(quantizer.name)
+
+        handles.append(quantizer.module.register_forward_pre_hook(enter))
+        handles.append(quantizer.module.register_forward_hook(leave))
     try:
         yield
+    except CalibrationError:
+        odd = [name for name, value in inside.items() if not _is_finite(value)]
+        if odd:
+            raise _not_finite(odd, number[0]) from None
+        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -291,10 +302,15 @@ def _check_finite(chosen: Sequence[Quantizer], seen: set[str], number: int | Non
     found = [(q, value) for q in chosen if q.name in seen for value in q.ranges()]
     if not found:
         return
-    flags = torch.stack([torch.isfinite(value).all() for _, value in found])
+    device = found[0][1].device  # of several, where a model lies on several
+    flags = torch.stack([torch.isfinite(value).all().to(device) for _, value in found])
     if bool(flags.all()):
         return
     raise _not_finite([q.name for (q, _), fine in zip(found, flags.tolist(), strict=True) if not fine], number)
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
 
 
 def _not_finite(names: Sequence[str], number: int | None) -> CalibrationError:

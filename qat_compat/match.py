@@ -1,9 +1,9 @@
 """Evidence that two names are one site.
 
-Witnesses, strongest first: the exact key; the flow's own record of what it fused; the float model; what a forward
-shows; wrapper segments, stripped only where no two names fall together; the user's `rename`; uniqueness of shape
-within one parent; naming convention, where it is a complete bijection. Never position. Two answers left is an
-ambiguity, which is reported with both.
+Witnesses, strongest first: the exact key, or the user's `rename`; the flow's own record of what it fused; the float
+model; wrapper segments, stripped only where no two names fall together; uniqueness of shape within one parent; naming
+convention, where it is a complete bijection; what a forward shows, which is asked where these leave a doubt and then
+goes before convention. Never position. Two answers left is an ambiguity, which is reported with both.
 """
 
 from __future__ import annotations
@@ -41,14 +41,17 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
     if not found.pairs and not found.problems:
         left, right = _one_attribute(source, target, rename)
         if left or right:
-            found = _match(_without_prefix(source, left), _without_prefix(target, right), rename, evidence)
+            cut = left, right
+            found = _match(_without_prefix(source, left), _without_prefix(target, right), rename, evidence, cut)
             found.pairs = {key: (origin, "common prefix") for key, (origin, _) in found.pairs.items()}
             found.prefix, found.target_prefix = left, right
     return found
 
 
-def _match(source: Schema, target: Schema, rename: Rename, evidence: Sequence[Evidence]) -> Match:
-    matcher = _Matcher(source, target, rename)
+def _match(
+    source: Schema, target: Schema, rename: Rename, evidence: Sequence[Evidence], cut: tuple[str, str] = ("", "")
+) -> Match:
+    matcher = _Matcher(source, target, rename, cut)
     matcher.by_key()
     matcher.by_form(str, "same site")
     matcher.by_form(canonical, "wrapper prefix")
@@ -70,7 +73,7 @@ def _one_attribute(source: Schema, target: Schema, rename: Rename) -> tuple[str,
 
 
 def _without_prefix(schema: Schema, prefix: str) -> Schema:
-    """The same keys, with a leading path taken off the sites of float entries."""
+    """The same keys, with a leading path taken off the sites of float entries and off hosts."""
     if not prefix:
         return schema
     entries = {key: entry._replace(site=entry.site.removeprefix(prefix)) for key, entry in schema.items()}
@@ -79,12 +82,16 @@ def _without_prefix(schema: Schema, prefix: str) -> Schema:
 
 
 class _Matcher:
-    """The two sides while they are being paired: `free` source keys, `wanted` target keys, both in order."""
+    """The two sides while they are being paired: `free` source keys, `wanted` target keys, both in order.
 
-    def __init__(self, source: Schema, target: Schema, rename: Rename) -> None:
+    `cut` are the leading paths that the sites of the two sides have lost.
+    """
+
+    def __init__(self, source: Schema, target: Schema, rename: Rename, cut: tuple[str, str]) -> None:
         self.source = source
         self.target = target
-        self.found = Match()
+        self.cut = cut
+        self.found = Match(rename=rename)
         self.names = self._renamed_keys(rename)
         self.free = dict.fromkeys(self.names)
         self.wanted = dict.fromkeys(target.float_keys())
@@ -169,7 +176,8 @@ class _Matcher:
         evidence: Sequence[Evidence],
     ) -> None:
         # by site: the keys of a torch 1.x ConvBn are `conv.gamma`, not `conv.bn.weight`
-        own = {schema[key].site: key for key in mine}
+        cut = self.cut[schema is self.target]
+        own = {join_path(cut.removesuffix("."), schema[key].site): key for key in mine}
         groups = [one for one in schema.fused if any(join_path(one.prefix, name) in own for name in one.tensors)]
         if not groups:
             return
@@ -182,7 +190,7 @@ class _Matcher:
             for path, tensors in modules.items()
             if "weight" in tensors or "running_mean" in tensors
         }
-        for prefix, (path, witness) in choose(groups, pool, modules, evidence, self.found).items():
+        for prefix, (path, witness) in choose(groups, pool, modules, evidence, self.found, cut).items():
             self.found.norms[prefix] = (path, witness)
             for leaf, key in modules[path].items():
                 mate = own.get(join_path(prefix, leaf))
@@ -209,3 +217,10 @@ class _Matcher:
         for key, origin in pairs.items():
             assert origin is not None
             self._take(key, origin, "common prefix")
+        # what is left of the two when the path that both have is taken off: quantizers are under it, too
+        if left_prefix.endswith(right_prefix):
+            self.found.prefix = left_prefix.removesuffix(right_prefix)
+        elif right_prefix.endswith(left_prefix):
+            self.found.target_prefix = right_prefix.removesuffix(left_prefix)
+        else:
+            self.found.prefix, self.found.target_prefix = left_prefix, right_prefix

@@ -90,6 +90,28 @@ def renamed(name: str, rename: Rename) -> str:
     return name
 
 
+def renamed_path(path: str, rename: Rename) -> str:
+    """The path of a module as the user's `rename` has it, which speaks of the keys below it.
+
+    Example:
+        >>> renamed_path("net.fc", [(r"^net\\.", ""), (r"fc\\.", "head.")])
+        'head'
+    """
+    return renamed(f"{path}.", rename).removesuffix(".") if path and rename else path
+
+
+def renamed_site(site: str, rename: Rename) -> str:
+    """The site of a quantizer as the user's `rename` has it.
+
+    Example:
+        >>> renamed_site("output:net.conv+relu", [(r"^net\\.", "")])
+        'output:conv+relu'
+    """
+    kind, _, path = site.partition(":")
+    host, plus, after = path.partition("+")
+    return f"{kind}:{renamed_path(host, rename)}{plus}{after}"
+
+
 def skeleton(path: str) -> str:
     return ".".join(_CONVENTION.sub("", part) for part in canonical_path(path.lower()).split("."))
 

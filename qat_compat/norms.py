@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from qat_compat.errors import Problem, ProblemKind
-from qat_compat.names import canonical_path, conventional, either, skeleton
+from qat_compat.names import Rename, canonical_path, conventional, either, skeleton
 from qat_compat.schema import UNKNOWN, Fused, Schema, Spec
 from qat_compat.state import join_path, split_path
 from qat_compat.text import counted
@@ -49,6 +49,7 @@ class Match:
             other side -> leaf -> key there.
         notes: Where witnesses disagreed.
         prefix: Leading path that every source name has and no target name; `target_prefix` the other way round.
+        rename: What the user calls the source's names, before the prefix is taken off.
     """
 
     pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Match:
     notes: list[str] = field(default_factory=list)
     prefix: str = ""
     target_prefix: str = ""
+    rename: Rename = ()
 
 
 def choose(
@@ -67,8 +69,9 @@ def choose(
     keys_of: Mapping[str, Mapping[str, str]],
     evidence: Sequence[Evidence],
     found: Match,
+    cut: str = "",
 ) -> dict[str, tuple[str, str]]:
-    """Fused prefix -> (module path of the other side, witness)."""
+    """Fused prefix -> (module path of the other side, witness); the other side does not have the leading path `cut`."""
     by_form: dict[str, list[str]] = {}
     for path in pool:
         by_form.setdefault(canonical_path(path), []).append(path)
@@ -76,7 +79,7 @@ def choose(
     options: dict[str, tuple[list[str], str]] = {}
     taken: set[str] = set()
     for group in groups:
-        spoken, witness = _spoken(group, evidence, found)
+        spoken, witness = _spoken(group, evidence, found, cut)
         paths = list(dict.fromkeys(p for name in spoken for p in by_form.get(canonical_path(name), [])))
         if len(spoken) == 1 and len(paths) == 1 and paths[0] not in taken:
             chosen[group.prefix] = (paths[0], witness)  # a shape that differs is reported where it is copied
@@ -112,11 +115,11 @@ def choose(
     return chosen
 
 
-def _spoken(group: Fused, evidence: Sequence[Evidence], found: Match) -> tuple[tuple[str, ...], str]:
+def _spoken(group: Fused, evidence: Sequence[Evidence], found: Match, cut: str = "") -> tuple[tuple[str, ...], str]:
     """What the strongest witness that speaks says of a group."""
-    candidates = group.candidates
-    voices = [(candidates, group.witness)] if candidates else []
-    voices += [(one.of(group.host), one.witness) for one in evidence if one.of(group.host)]
+    heard = [(group.candidates, group.witness)]
+    heard += [(one.of(group.host) or one.of(cut + group.host), one.witness) for one in evidence]
+    voices = [(tuple(path.removeprefix(cut) for path in paths), witness) for paths, witness in heard if paths]
     certain = [voice for voice in voices if len(voice[0]) == 1]
     if len({voice[0][0] for voice in certain}) > 1:
         found.notes.append(

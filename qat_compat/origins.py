@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qat_compat.draft import Draft
 from qat_compat.frameworks import Needs, Quantizer, same_flow
-from qat_compat.names import canonical_path, canonical_site, is_positional
+from qat_compat.names import canonical_path, canonical_site, is_positional, renamed_path, renamed_site
 from qat_compat.norms import Match
 from qat_compat.schema import Role, Spec
 
@@ -38,8 +38,10 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
     by_site: dict[str, list[str]] = {}
     for name, keys in draft.source.by_quantizer().items():
         found[name] = Origin(name, {draft.source[key].leaf: key for key in keys})
-        by_site.setdefault(canonical_site(draft.source[keys[0]].site, match.prefix), []).append(name)
-    plain = {canonical_path(name.removeprefix(match.prefix)): name for name in found}
+        site = renamed_site(draft.source[keys[0]].site, match.rename)
+        by_site.setdefault(canonical_site(site, match.prefix), []).append(name)
+    exact = {renamed_path(name, match.rename): name for name in found}
+    plain = {canonical_path(path.removeprefix(match.prefix)): name for path, name in exact.items()}
     numbered = {name for name in plain if is_positional(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
     same = same_flow(draft.source, draft.target)
@@ -60,7 +62,7 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
         for name in quantizer.names if same or not draft.source.recorded else ():
             form = canonical_path(name.removeprefix(match.target_prefix))
             if same_graph or not is_positional(form):
-                origin = name if name in found else plain.get(form)
+                origin = exact.get(name) or plain.get(form)
             if origin is not None:
                 break
         if origin is not None and is_positional(canonical_path(quantizer.name)):

@@ -125,6 +125,16 @@ def test_a_head_of_another_size_in_a_prepared_file_gets_ranges_of_its_own(flow: 
     assert_same_state(model, _native_with_head(flow, 7, own))
 
 
+def test_a_kept_head_says_nothing_of_the_other_quantizers() -> None:
+    """Their scales are the file's own, also where they are not what their ranges would give."""
+    state = {key: value.clone() for key, value in _expected("eager-x86").state_dict().items()}
+    state["conv1.activation_post_process.scale"] *= 1.25
+    model = _with_head("eager-x86", 7)
+    report = qc.load_checkpoint(model, state, calibration=ARCH.batches(), keep="fc.*")
+    assert report.derived == 0
+    assert torch.equal(model.conv1.activation_post_process.scale, state["conv1.activation_post_process.scale"])
+
+
 @pytest.mark.parametrize("flow", ["eager-x86", "fx-x86", "pt2e-x86"])
 def test_a_fresh_head_of_the_same_size_is_calibrated_too(flow: str) -> None:
     """Nothing in the shapes tells that the file's ranges of the head are stale; `keep=` does."""

@@ -178,6 +178,33 @@ def test_a_quant_wrapper_is_given_what_it_takes() -> None:
     assert qc.load_checkpoint(model, state, calibration=[(torch.ones(2, 4), torch.zeros(2))]).batches == 1
 
 
+def test_what_a_forward_says_is_not_taken_for_nan() -> None:
+    """A quantizer that has been entered and has seen nothing holds +inf and -inf; the batch is of another dtype."""
+    model = prepared("eager-x86", "plain")
+    batches = [(batch * 9).to(torch.uint8) for batch in ARCH.batches()]
+    with untouched(model), pytest.raises(qc.CalibrationError, match="the forward raised RuntimeError") as caught:
+        qc.load_checkpoint(model, ARCH.state(), calibration=batches)
+    assert "Byte" in str(caught.value) and isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize("at", ["made", "loaded"])
+def test_inference_mode_does_not_reach_the_model(at: str) -> None:
+    """What is loaded in it can be trained; what was made in it can still be loaded."""
+    with torch.inference_mode(at == "made"):
+        model = prepared("eager-x86", "plain")
+    with torch.inference_mode(at == "loaded"):
+        qc.load_checkpoint(model, ARCH.state(), calibration=ARCH.batches())
+    assert {value.is_inference() for value in model.state_dict().values()} == {at == "made"}
+    if at == "loaded":
+        model(ARCH.batches()[0]).sum().backward()
+
+
+def test_an_error_of_inputs_is_told_as_such() -> None:
+    model = prepared("eager-x86", "plain")
+    with pytest.raises(qc.CalibrationError, match="inputs= raised ZeroDivisionError on calibration batch 0"):
+        qc.load_checkpoint(model, ARCH.state(), calibration=ARCH.batches(), inputs=lambda batch: 1 / 0)
+
+
 def test_defer_leaves_ranges_to_training_with_observers_on() -> None:
     model = prepared("eager-x86", "plain")
     fresh = copy.deepcopy(model.state_dict())

@@ -147,6 +147,10 @@ class Quantizer(ABC):
         """How many times larger the tensor that a weight quantizer sees is than the range it holds; None if unknown."""
         return None
 
+    def follows(self) -> bool:
+        """Whether its range moves after its weight in training, so that a run may be in a state where it lags far."""
+        return False
+
     def release(self) -> None:  # noqa: B027  (most frameworks keep their switches in tensors)
         """Have the switches again that :meth:`hold` or :meth:`listen` found, where they are no tensors of the model."""
 

@@ -342,6 +342,10 @@ class FakeQuant(Quantizer):
                 f" ({float(scale.flatten()[0]):.6g}): the source had another quantization grid, or never updated it"
             )
 
+    def follows(self) -> bool:
+        enabled = getattr(self.module, "observer_enabled", None)
+        return isinstance(enabled, Tensor) and _is_on(enabled) and hasattr(self.observer, "averaging_constant")
+
     def drift(self) -> float | None:
         ranges = self.ranges()
         if self.source is None or len(ranges) != 2 or self._untouched():

@@ -208,3 +208,113 @@ def test_the_qat_callbacks_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     back = qc.to_float(tmp_path / "qat.ckpt", like=Lit())
     assert sorted(back) == sorted(Lit().state_dict())
     assert torch.equal(back["model.bn1.running_var"], model.state_dict()["model.module.conv1.bn.running_var"])
+
+
+# --- an attribute of another name -------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A LightningModule whose author calls the network `net`, which is no wrapper's word."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.fixture(scope="module")
+def run() -> nn.Module:
+    """A QAT model in the middle of its training."""
+    torch.manual_seed(0)
+    model = PREPARE(Cnn())
+    for batch in images(3):
+        model(batch)
+    return model
+
+
+def test_a_resume_finds_its_ranges_under_any_attribute(run: nn.Module) -> None:
+    """All of the state is the file's, none is made anew, in both directions."""
+    bare, under = PREPARE(Cnn()), Net(PREPARE(Cnn()))
+    reports = [
+        qc.load_checkpoint(bare, ckpt(run.state_dict(), "net.")),
+        qc.load_checkpoint(under, run.state_dict()),
+    ]
+    for report, model in zip(reports, (bare, under.net), strict=True):
+        assert (report.copied, report.synthesized, report.dropped) == (len(run.state_dict()), 0, 0)
+        assert_same_state(model, run)
+    assert_same_state(dict(qc.to_float(ckpt(run.state_dict(), "net."), like=Cnn())), dict(qc.to_float(run)))
+
+
+@pytest.mark.parametrize("float_model", [None, Cnn, lambda: Net(Cnn())], ids=["alone", "bare", "under"])
+def test_a_float_file_goes_under_any_attribute(float_model: Any) -> None:
+    state = Cnn().state_dict()
+    more = {"float_model": float_model()} if float_model is not None else {}
+    expected, under, bare = PREPARE(Cnn()), Net(PREPARE(Cnn())), PREPARE(Cnn())
+    qc.load_checkpoint(expected, state, calibration=images())
+    qc.load_checkpoint(under, state, calibration=images(), **more)
+    qc.load_checkpoint(bare, ckpt(state, "net."), calibration=images(), **more)
+    assert_same_state(under.net, expected)
+    assert_same_state(bare, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "inner", "rename"),
+    [
+        (lambda: PREPARE(Cnn()), "net.", [(r"^net\.", "")]),
+        (lambda: Net(PREPARE(Cnn())), "", [(r"^", "net.")]),
+        (lambda: PREPARE(Cnn()), "head.", [(r"^head\.(.*)$", r"\1")]),
+    ],
+)
+def test_rename_speaks_of_ranges_too(run: nn.Module, make: Any, inner: str, rename: Any) -> None:
+    model = make()
+    report = qc.load_checkpoint(model, ckpt(run.state_dict(), inner), rename=rename)
+    assert (report.synthesized, report.dropped) == (0, 0)
+    assert_same_state(getattr(model, "net", model), run)
+
+
+def test_one_layer_of_another_name_keeps_its_ranges(run: nn.Module) -> None:
+    """Two names may even change places."""
+    other = {"conv1": "conv2", "conv2": "conv1"}
+    state = {other.get(key.split(".")[0], key.split(".")[0]) + key[key.index(".") :]: value
+             for key, value in run.state_dict().items()}  # fmt: skip
+    rename = [(r"^conv1\.", "x."), (r"^conv2\.", "conv1."), (r"^x\.", "conv2.")]
+    model = PREPARE(Cnn())
+    assert qc.load_checkpoint(model, state, rename=rename).synthesized == 0
+    assert_same_state(model, run)
+
+
+# --- a run whose ranges lag -------------------------------------------------------------------------------------------
+
+
+def test_a_run_resumes_also_where_a_moving_average_lags_far_behind(tmp_path: Path) -> None:
+    """Pixels that nobody normalized: the range of the first fused weight is the average of very different ones."""
+    torch.manual_seed(0)
+    model = PREPARE(Cnn())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.rand(8, 3, 16, 16) * 255).square().mean().backward()
+        optimizer.step()
+    again = PREPARE(Cnn())
+    report = qc.load_checkpoint(again, qc.save_checkpoint(model, tmp_path / "own.pt"))
+    assert_same_state(again, model)
+    assert report.synthesized == 0
+    assert any("conv1.weight_fake_quant: the weight reaches" in text for text in report.warnings)
+
+
+def test_ranges_of_other_weights_that_no_longer_move_are_refused_in_the_words_of_the_file(run: nn.Module) -> None:
+    state = {key: value.clone() for key, value in run.state_dict().items()}
+    for key, value in state.items():
+        if key.endswith("observer_enabled"):
+            value.zero_()
+    state["conv1.weight"] *= 100
+    with pytest.raises(qc.PlanError, match="ranges of other weights") as caught:
+        qc.load_checkpoint(PREPARE(Cnn()), ckpt(state))
+    assert [p.key for p in caught.value.problems] == ["conv1.weight_fake_quant"]
+    assert "drop='model.conv1.weight_fake_quant.*'" in caught.value.problems[0].remedy
+    model = PREPARE(Cnn())
+    report = qc.load_checkpoint(model, ckpt(state), drop="model.conv1.weight_fake_quant.*")
+    assert report.synthesized == 4
+    assert not any("the weight reaches" in text for text in report.warnings)

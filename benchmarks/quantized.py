@@ -89,6 +89,7 @@ def _torch_ao(model: nn.Module, observer: str, scheme: torch.qscheme, **options:
 def _observe(quantizer: Any, weight: Tensor) -> Tensor:
     observer = quantizer.activation_post_process
     observer.reset_min_max_vals()
+    observer.to(weight.device)  # some put tensors of the CPU in their place
     observer(weight)
     scale: Tensor = observer.calculate_qparams()[0]
     return scale

@@ -84,7 +84,7 @@ def to_float(
     def fetch(name: str) -> Tensor:
         key = layout.names[name]
         if key is None:
-            return layout.kept[name] if layout.kept is not None else torch.zeros((), dtype=torch.int64)
+            return layout.kept[name] if layout.kept is not None else torch.zeros((), dtype=torch.int64, device="cpu")
         value = read(key)
         if not isinstance(value, Tensor) or value.dtype == specs[name].dtype:
             return value

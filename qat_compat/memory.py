@@ -45,7 +45,7 @@ def fresh_tensors(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[
     """
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
     if _MADV_HUGEPAGE is None or sum(sizes) < _LARGE:
-        return [torch.empty(shape, dtype=dtype) for shape, dtype in specs]
+        return [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in specs]
     places: list[tuple[int, int]] = []  # number of the mapping, offset in it
     lengths: list[int] = []
     for size in sizes:
@@ -57,7 +57,7 @@ def fresh_tensors(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[
     return [
         torch.frombuffer(mappings[number], dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
         if size
-        else torch.empty(shape, dtype=dtype)
+        else torch.empty(shape, dtype=dtype, device="cpu")
         for (shape, dtype), size, (number, offset) in zip(specs, sizes, places, strict=True)
     ]
 

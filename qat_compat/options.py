@@ -72,7 +72,7 @@ def globs_of(value: Globs) -> Sequence[str]:
 def device_of(value: torch.device | str | None) -> torch.device | None:
     try:
         return None if value is None else torch.empty(0, device=value).device
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         raise CompatError(f"no such device: {error}", key="device", found=repr(value)) from error
 
 

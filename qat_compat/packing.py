@@ -47,7 +47,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     # what is added below fills the padding too; it is cut off with its words
     fill = -(1 << (bits - 1))
     grouped = pad(values, (0, -columns % _WORD), value=fill).reshape(*values.shape[:-1], -1, _WORD)
-    words = torch.zeros(*grouped.shape[:-1], bits + 1, dtype=torch.int64)
+    words = torch.zeros(*grouped.shape[:-1], bits + 1, dtype=torch.int64, device=values.device)
     for index, (word, shift) in enumerate(_places(bits)):
         value = (grouped[..., index].long() - fill) << shift
         words[..., word] |= value

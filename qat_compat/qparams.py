@@ -5,6 +5,8 @@ Each statistic chooses the range `[low, high]` that a quantizer then turns into 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class RangeHistogram:
     """
 
     def __init__(self, bins: int = _BINS) -> None:
-        self.counts = torch.zeros(bins, dtype=torch.float64)
+        self.counts = torch.zeros(bins, dtype=torch.float64, device="cpu")
         self.low = self.smallest = 0.0
         self.high = self.largest = 0.0
 
@@ -68,7 +70,7 @@ class RangeHistogram:
     def centers(self) -> Tensor:
         """Middle of each bin, float64."""
         step = (self.high - self.low) / len(self.counts)
-        return self.low + step * (torch.arange(len(self.counts), dtype=torch.float64) + 0.5)
+        return self.low + step * (torch.arange(len(self.counts), dtype=torch.float64, device="cpu") + 0.5)
 
 
 def choose_range(histogram: RangeHistogram, statistic: str) -> tuple[Tensor, Tensor]:
@@ -100,21 +102,20 @@ def choose_range(histogram: RangeHistogram, statistic: str) -> tuple[Tensor, Ten
         low, high = _percentile(histogram)
     else:
         low, high = _search(histogram, _squared_error if statistic == "mse" else _divergence)
-    return torch.tensor(min(low, 0.0)), torch.tensor(max(high, 0.0))
+    return torch.tensor(min(low, 0.0), device="cpu"), torch.tensor(max(high, 0.0), device="cpu")
 
 
 def _percentile(histogram: RangeHistogram) -> tuple[float, float]:
     total = histogram.counts.cumsum(0) / histogram.counts.sum()
     tail = (100.0 - _PERCENTILE) / 200.0
     step = (histogram.high - histogram.low) / len(total)
-    first = int(torch.searchsorted(total, torch.tensor(tail, dtype=torch.float64), right=True))
-    last = int(torch.searchsorted(total, torch.tensor(1.0 - tail, dtype=torch.float64)))
+    first = int(torch.searchsorted(total, tail, right=True))
+    last = int(torch.searchsorted(total, 1.0 - tail))
     return histogram.low + step * first, histogram.low + step * (last + 1)
 
 
-def _search(histogram: RangeHistogram, loss: object) -> tuple[float, float]:
+def _search(histogram: RangeHistogram, loss: Callable[[RangeHistogram, float, float], Tensor]) -> tuple[float, float]:
     """The best of 100 shrunken copies of the full range."""
-    assert callable(loss)
     best, best_loss = 1.0, float("inf")
     for step in range(100, 0, -1):
         share = step / 100
@@ -139,15 +140,15 @@ def _divergence(histogram: RangeHistogram, low: float, high: float) -> Tensor:
     centers = histogram.centers()
     inside = (centers >= low) & (centers <= high)
     if not bool(inside.any()):
-        return torch.tensor(float("inf"))
+        return torch.tensor(float("inf"), device="cpu")
     reference = histogram.counts[inside].clone()
     reference[0] += histogram.counts[centers < low].sum()
     reference[-1] += histogram.counts[centers > high].sum()
     scale = max((high - low) / (_LEVELS - 1), 1e-30)
     level = ((centers[inside] - low) / scale).round().long().clamp(0, _LEVELS - 1)
     plain = histogram.counts[inside]
-    mass = torch.zeros(_LEVELS, dtype=torch.float64).scatter_add_(0, level, plain)
-    width = torch.zeros(_LEVELS, dtype=torch.float64).scatter_add_(0, level, (plain > 0).double())
+    mass = plain.new_zeros(_LEVELS).scatter_add_(0, level, plain)
+    width = plain.new_zeros(_LEVELS).scatter_add_(0, level, (plain > 0).double())
     spread = torch.where(plain > 0, mass[level] / width[level].clamp(min=1), torch.zeros_like(plain))
     p, q = reference / reference.sum(), spread / spread.sum().clamp(min=1e-30)
     positive = p > 0

@@ -74,7 +74,7 @@ def magnitude(value: Tensor) -> float:
         >>> magnitude(torch.tensor([1.0, -2.0]))
         2.0
     """
-    low, high = value_range(value) if value.numel() else (torch.zeros(()), torch.zeros(()))
+    low, high = value_range(value) if value.numel() else (0.0, 0.0)
     return max(-float(low), float(high))
 
 
@@ -144,7 +144,7 @@ class _Bits:
         self.rows: _Array = values.view(integer).view(len(values), -1).numpy()
         self.signed, self.unsigned = signed, unsigned
         self.sign = unsigned(1) << unsigned(8 * self.rows.itemsize - 1)
-        self.infinity = unsigned(torch.tensor(math.inf, dtype=values.dtype).view(integer).item())
+        self.infinity = unsigned(torch.tensor(math.inf, dtype=values.dtype, device="cpu").view(integer).item())
         # with a range per row each block has its own place in these; else it is one more part
         self.most: _Array = np.empty(len(values) if axis == 0 else 0, signed)
         self.least: _Array = np.empty(len(self.most), unsigned)

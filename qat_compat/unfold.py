@@ -137,4 +137,4 @@ def _same(value: Tensor) -> Tensor:
 
 
 def _filled(entry: Entry, value: float) -> Callable[[], Tensor]:
-    return lambda: torch.full(entry.shape, value, dtype=entry.dtype)
+    return lambda: torch.full(entry.shape, value, dtype=entry.dtype, device="cpu")

@@ -199,6 +199,22 @@ def test_inference_mode_does_not_reach_the_model(at: str) -> None:
         model(ARCH.batches()[0]).sum().backward()
 
 
+@pytest.mark.parametrize("statistic", ["native", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_default_device_is_for_the_models_that_one_makes(tmp_path: Path, suffix: str, statistic: str) -> None:
+    """Not for what is read, counted and written here: on the meta device nothing of it would have a value."""
+    batches, options = ARCH.batches(), {"statistic": statistic, "keep": "bn1.num_batches_tracked"}
+    half = {key: value.half() if value.is_floating_point() else value for key, value in ARCH.state().items()}
+    expected, model = (prepared("eager-x86", "plain") for _ in range(2))
+    qc.load_checkpoint(expected, half, calibration=batches, **options)
+    with torch.device("meta"):
+        file = qc.save_checkpoint(half, tmp_path / f"half{suffix}")
+        qc.load_checkpoint(model, file, calibration=batches, **options)
+        back = {key: value.clone() for key, value in qc.to_float(qc.save_checkpoint(model, tmp_path / "q.pt")).items()}
+    assert_same_state(model, expected)
+    assert_same_state(back, dict(qc.to_float(expected)))
+
+
 def test_an_error_of_inputs_is_told_as_such() -> None:
     model = prepared("eager-x86", "plain")
     with pytest.raises(qc.CalibrationError, match="inputs= raised ZeroDivisionError on calibration batch 0"):

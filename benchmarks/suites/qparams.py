@@ -66,7 +66,7 @@ def one(kind: str, dtype: str, how: str, width: str, folder: str) -> Figures:
     touch_memory(path.stat().st_size * 5 // 4)
     figures = timed(lambda: _HOW[how](model, path, granularity))
     state, found = model.state_dict(), [scale.clone() for scale in granularity.scales(model)]
-    if not all(torch.equal(state[granularity.name(key)], value) for key, value in load_file(path).items()):
+    if not all(torch.equal(state[granularity.name(key)].cpu(), value) for key, value in load_file(path).items()):
         raise RuntimeError("the model does not hold what the file does")
     if how.startswith("qat_compat") and not all(map(torch.equal, found, granularity.native_scales(model))):
         raise RuntimeError("scales differ from those of the framework itself")

@@ -168,7 +168,7 @@ def _recorded(weight: str, how: Mapping[str, Any], view: KeyView) -> Decoded:
 
 def _number(value: float) -> Tensor:
     """A literal of the graph, in the precision that it has there."""
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _by_itself(about: Mapping[str, Any], held: Mapping[str, Tensor]) -> Tensor:
 def _by_product(about: Mapping[str, Any], held: Mapping[str, Tensor]) -> Tensor:
     """Each row of the identity picks one column of the weight; a sum with zeros is exact."""
     weight: Any = _rebuilt(about, held)
-    identity = torch.eye(weight.shape[1], dtype=weight.dtype)
+    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     return torch.nn.functional.linear(identity, weight).t().contiguous()
 
 

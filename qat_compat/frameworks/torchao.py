@@ -193,6 +193,7 @@ class IntxQuantizer(Quantizer):
     def restore(self, leaf: str, value: Tensor) -> None:
         module: Any = self.module
         module._initialized = True
+        value = value.to(_weight_of(self._host).device)
         if self._is_weight:  # one number per row or group, in whatever shape another framework has them
             precision = getattr(module.config, f"{leaf}_precision")
             value = value.reshape(len(_weight_of(self._host)), -1).to(precision)

@@ -74,7 +74,7 @@ class _ShardedTensor(LazyTensor):
     def read(self) -> Tensor:
         if len(self.pieces) == 1:
             return self.folder.piece(self.name, self.spec, self.pieces[0]).read()
-        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype, device="cpu")
         for piece in self.pieces:
             part = whole[tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))]
             part.copy_(self.folder.piece(self.name, Spec(piece.sizes, self.spec.dtype), piece).read())

@@ -67,7 +67,7 @@ class MappedFile:
         """`length` bytes as a uint8 tensor over the mapping."""
         self._check_range(start, length)
         if length == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self._private, dtype=torch.uint8, count=length, offset=start)
 
     @cached_property

@@ -71,7 +71,7 @@ def rebuild_quantized(
 
 def _values(value: float | LazyTensor | list[float] | list[int], dtype: torch.dtype) -> Tensor:
     if isinstance(value, (int, float, list)):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
     return value.read().to(dtype)
 
 

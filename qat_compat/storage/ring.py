@@ -29,8 +29,8 @@ from qat_compat.storage.extent import GAP, Read
 
 __all__ = ["fill_through_ring"]
 
-_SLOT = 8 << 20  # bytes; the bus is at its full speed from about 4 MiB on
-_SLOTS = 8
+_SLOT = 4 << 20  # bytes; the bus is at its full speed from here on
+_SLOTS = 16  # twice as many as readers: one half is filled while the other crosses the bus
 _READERS = min(8, os.cpu_count() or 1)
 _ALIGNMENT = 16  # the largest element there is
 _PARTS = 512  # of one slot; systems take 1024 buffers in one call, and there may be a gap before each
@@ -72,7 +72,7 @@ class _Slot:
     """Host memory, pinned where there is a bus, and the event behind the copies that were made from it last."""
 
     def __init__(self, pinned: bool) -> None:
-        self.memory = torch.empty(_SLOT, dtype=torch.uint8, pin_memory=pinned)
+        self.memory = torch.empty(_SLOT, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self.copied: Any = None
 
     def fill(self, parts: Sequence[_Part]) -> None:
@@ -143,9 +143,9 @@ class _Ring:
             stream.wait_stream(current)  # what used the targets' memory before
         waiting = iter(groups)
         with ThreadPoolExecutor(_READERS) as pool:
-            for _ in range(_READERS):
-                pool.submit(self._read, waiting)
             try:
+                for _ in range(_READERS):
+                    pool.submit(self._read, waiting)
                 for _ in groups:
                     self._hand_on(left, copies, looks)
             finally:
@@ -167,6 +167,8 @@ class _Ring:
     def _read(self, waiting: Iterator[list[_Part]]) -> None:
         """Fill slots until nothing is left to read, or until an end is called."""
         try:
+            if self.device.type != "cpu":
+                self.module.set_device(self.device)  # of this thread, which would wait for events on the first device
             while (slot := self.free.get()) is not None:
                 with self.lock:
                     parts = next(waiting, None)
@@ -202,10 +204,11 @@ def _copy(slot: Tensor, parts: Sequence[_Part], device: torch.device) -> None:
         return
     used = slot[: parts[-1].place + parts[-1].length]
     there = used if device.type == "cpu" else used.to(device, non_blocking=True)
-    plain, other = [part for part in parts if part.is_plain], [part for part in parts if not part.is_plain]
-    for alike in (plain, other):
-        if alike:
-            torch._foreach_copy_([part.target() for part in alike], [part.value(there) for part in alike])
+    alike: dict[object, list[_Part]] = {}  # one call takes one pair of dtypes
+    for part in parts:
+        alike.setdefault(None if part.is_plain else (part.read.dtype, part.read.target.dtype), []).append(part)
+    for group in alike.values():
+        torch._foreach_copy_([part.target() for part in group], [part.value(there) for part in group])
 
 
 def _groups(reads: Sequence[Read]) -> Iterator[list[_Part]]:

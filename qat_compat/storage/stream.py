@@ -106,7 +106,7 @@ def _fill_rows(read: Read, first: int, end: int) -> None:
     memory = bytes_of(target)
     found = None
     if read.dtype != target.dtype:
-        found = torch.empty((min(step, end - first), *target.shape[1:]), dtype=read.dtype)
+        found = torch.empty((min(step, end - first), *target.shape[1:]), dtype=read.dtype, device="cpu")
         memory = bytes_of(found)
     for at in range(first, end, step):
         rows = min(step, end - at)

@@ -115,7 +115,7 @@ def _storage(archive: Archive, name: str, nbytes: int, *, swap: bool) -> Storage
     record = archive.records.get(name)
     if record is None:
         if nbytes == 0:
-            return Storage(name, 0, lambda: torch.empty(0, dtype=torch.uint8))
+            return Storage(name, 0, lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
         raise CheckpointError(
             "a storage is missing from the archive",
             file=archive.file.path,

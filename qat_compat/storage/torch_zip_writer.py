@@ -157,7 +157,7 @@ class _Writer:
 
     def _quantized(self, tensor: Tensor) -> _TensorRef:
         tensor = tensor.cpu().contiguous()
-        raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        raw = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
         size = tensor.numel() * tensor.dtype.itemsize
         start = tensor.storage_offset() * tensor.dtype.itemsize
         if tensor.dtype in (

@@ -128,7 +128,7 @@ def plain_bytes(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu()
     if tensor.numel() == 0:
-        return torch.empty(0, dtype=torch.uint8), tuple(torch.empty(tensor.shape).stride())
+        return torch.empty(0, dtype=torch.uint8, device="cpu"), tuple(torch.empty(tensor.shape, device="meta").stride())
     if not _is_dense(tensor):
         tensor = tensor.contiguous()
     flat = tensor.as_strided((tensor.numel(),), (1,))

@@ -71,7 +71,7 @@ def _parts(layer: Layer) -> Iterator[tuple[str, str, Spec]]:
 
 def _tensor(layer: Layer, part: str) -> Tensor:
     if part == "shape":
-        return torch.tensor(layer.shape)
+        return torch.tensor(layer.shape, device="cpu")
     values, scale, zero = layer.integers()
     if part == "scale":
         return scale

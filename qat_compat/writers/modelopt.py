@@ -174,7 +174,7 @@ def _of_state(job: Job, quantizer: str, keys: list[str], paths: Mapping[str, str
             return job.source.read(amax)
         tensors = {key: job.source.read(key) for key in (scale, zero_point) if key is not None}
         if zero_point is None:
-            tensors[""] = torch.zeros(())  # of a grid that has no other
+            tensors[""] = torch.zeros((), device="cpu")  # of a grid that has no other
         return written(schema, form, tensors)[_LEAF]
 
     return _range(job, schema[keys[0]].site, paths, form, torch.Size(schema[first].shape).numel(), read)
@@ -193,7 +193,7 @@ def _of_weight(job: Job, quantizer: Quantizer, paths: Mapping[str, str]) -> _Ran
 
     def read() -> Tensor:
         scale = job.source.computed(key, one.sources, one.compute).scale
-        return form.written(scale.to(torch.float32), torch.zeros(()))[_LEAF]
+        return form.written(scale.to(torch.float32), torch.zeros((), device="cpu"))[_LEAF]
 
     return _range(job, quantizer.site, paths, form, count, read)
 

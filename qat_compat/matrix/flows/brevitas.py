@@ -19,8 +19,9 @@ def _prepare(model: nn.Module, declared: QATModel) -> nn.Module:
     """With Brevitas' own choice of layers and quantizers; activations have no range until data has run."""
     from brevitas.graph.quantize import layerwise_quantize
 
+    device = next(model.parameters()).device
     prepared: nn.Module = layerwise_quantize(model, name_blacklist=list(declared.skip))
-    return prepared
+    return prepared.to(device)  # it makes its quantizers on the CPU
 
 
 def _calibrate(model: nn.Module, batches: Iterable[Any], inputs: Inputs | None) -> None:

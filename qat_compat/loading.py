@@ -159,16 +159,15 @@ def _matched(
     elif not description.quantizers and (source.fused or source.stage is Stage.FOLDED):
         evidence.append(from_float_model(description.view.model))
     found = match(source, target, rename=options.rename, evidence=evidence)
-    if not (found.options and target.fused) or data is None or callable(data):
+    if not (found.is_in_doubt and target.fused) or data is None or callable(data):
         return found, evidence, data
     if dry and isinstance(data, Iterator):
         return found, evidence, data
     batch, data = _peek(data)
     if batch is None:
         return found, evidence, data
-    if found.problems:
-        evidence += from_forward(description, options.float_model, batch, options.inputs)
-        found = match(source, target, rename=options.rename, evidence=evidence)
+    evidence += from_forward(description, options.float_model, batch, options.inputs)
+    found = match(source, target, rename=options.rename, evidence=evidence)
     if found.options and not dry:
         guessed = {p: found.norms[p][0] for p in found.options if p in found.norms}
         seen = from_statistics(description, found, found.options, opened.read, batch, options.inputs)

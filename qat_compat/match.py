@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from qat_compat.errors import Problem, ProblemKind
-from qat_compat.names import Rename, canonical, common_path, either, renamed
+from qat_compat.names import WRAPPERS, Rename, canonical, common_path, either, renamed
 from qat_compat.norms import Evidence, Match, choose
 from qat_compat.schema import Schema, Stage
 from qat_compat.state import join_path, split_path
@@ -37,21 +37,17 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
         rename: Ordered (regex, replacement) pairs, applied to source keys.
         evidence: What a float model or a forward shows of fused normalizations, strongest first.
     """
-    found = _match(source, target, rename, evidence)
+    found = _match(source, target, rename, evidence, _one_wrapper(source, target, rename))
     if not found.pairs and not found.problems:
-        left, right = _one_attribute(source, target, rename)
-        if left or right:
-            cut = left, right
-            found = _match(_without_prefix(source, left), _without_prefix(target, right), rename, evidence, cut)
+        cut = _one_attribute(source, target, rename)
+        if any(cut):
+            found = _match(source, target, rename, evidence, cut)
             found.pairs = {key: (origin, "common prefix") for key, (origin, _) in found.pairs.items()}
-            found.prefix, found.target_prefix = left, right
     return found
 
 
-def _match(
-    source: Schema, target: Schema, rename: Rename, evidence: Sequence[Evidence], cut: tuple[str, str] = ("", "")
-) -> Match:
-    matcher = _Matcher(source, target, rename, cut)
+def _match(source: Schema, target: Schema, rename: Rename, evidence: Sequence[Evidence], cut: tuple[str, str]) -> Match:
+    matcher = _Matcher(_without_prefix(source, cut[0]), _without_prefix(target, cut[1]), rename, cut)
     matcher.by_key()
     matcher.by_form(str, "same site")
     matcher.by_form(canonical, "wrapper prefix")
@@ -59,6 +55,24 @@ def _match(
     matcher.by_fusion(evidence)
     matcher.by_common_prefix()
     return matcher.found
+
+
+def _one_wrapper(source: Schema, target: Schema, rename: Rename) -> tuple[str, str]:
+    """A wrapper's segment that one side has before every name, if more keys are the same without it than with it.
+
+    Parts of a model may have a wrapper's name themselves: `model.stem` of a wrapped file is the `stem` of the model,
+    and not its `model.stem`.
+    """
+    theirs = [renamed(key, rename) for key in source.float_keys()]
+    mine = target.float_keys()
+    left, right = (common_path(names).partition(".")[0] for names in (theirs, mine))
+    here = len(set(theirs).intersection(mine))
+    if here < len(mine):
+        if left in WRAPPERS and len({name[len(left) + 1 :] for name in theirs}.intersection(mine)) > here:
+            return f"{left}.", ""
+        if right in WRAPPERS and len({name[len(right) + 1 :] for name in mine}.intersection(theirs)) > here:
+            return "", f"{right}."
+    return "", ""
 
 
 def _one_attribute(source: Schema, target: Schema, rename: Rename) -> tuple[str, str]:
@@ -91,7 +105,12 @@ class _Matcher:
         self.source = source
         self.target = target
         self.cut = cut
-        self.found = Match(rename=rename)
+        # normalizations that fusion renamed have no name of their own until `by_fusion` finds it
+        self.fused = tuple(
+            {one.prefix.removeprefix(path) for one in schema.fused}
+            for schema, path in zip((source, target), cut, strict=True)
+        )
+        self.found = Match(rename=rename, prefix=cut[0], target_prefix=cut[1])
         self.names = self._renamed_keys(rename)
         self.free = dict.fromkeys(self.names)
         self.wanted = dict.fromkeys(target.float_keys())
@@ -122,24 +141,30 @@ class _Matcher:
     def _source_site(self, key: str) -> str:
         """The site of a source key; a key that the user renamed is its own site."""
         name = self.names[key]
-        return self.source[key].site if name == key else name
+        return self.source[key].site if name == key else name.removeprefix(self.cut[0])
+
+    def _is_fused(self, side: int, site: str) -> bool:
+        return split_path(site)[0] in self.fused[side]
 
     def by_key(self) -> None:
         """A name that matches exactly is never renamed."""
-        by_name = {name: key for key, name in self.names.items()}
+        by_name = {name.removeprefix(self.cut[0]): key for key, name in self.names.items()}
+        alike = "wrapper prefix" if any(self.cut) else "exact key"
         for key in list(self.wanted):
-            origin = by_name.get(key)
+            origin = by_name.get(key.removeprefix(self.cut[1]))
             if origin is not None and origin in self.free:
-                self._take(key, origin, "exact key" if origin == key else "rename=")
+                self._take(key, origin, alike if self.names[origin] == origin else "rename=")
 
     def by_form(self, form_of: Callable[[str], str], witness: str) -> None:
         """Pair what is left by a normal form of the site, where exactly one key on each side has it."""
-        left: dict[str, list[str]] = {}
+        left: dict[tuple[bool, str], list[str]] = {}
         for key in self.free:
-            left.setdefault(form_of(self._source_site(key)), []).append(key)
-        right: dict[str, list[str]] = {}
+            site = self._source_site(key)
+            left.setdefault((self._is_fused(0, site), form_of(site)), []).append(key)
+        right: dict[tuple[bool, str], list[str]] = {}
         for key in self.wanted:
-            right.setdefault(form_of(self.target[key].site), []).append(key)
+            site = self.target[key].site
+            right.setdefault((self._is_fused(1, site), form_of(site)), []).append(key)
         for form, keys in right.items():
             origins = left.get(form, [])
             if len(origins) == 1 and len(keys) == 1:
@@ -202,16 +227,19 @@ class _Matcher:
                     self._take(key, mate, witness)
 
     def by_common_prefix(self) -> None:
-        """Pair what is left if taking one leading path off each side makes the two sides equal, name by name."""
-        if not self.free or len(self.free) != len(self.wanted):
+        """Pair all names if taking one leading path off each side makes the two sides equal, name by name.
+
+        Where some are paired already, what is left may be two things that have nothing to do with each other.
+        """
+        if self.found.pairs or not self.free or len(self.free) != len(self.wanted):
             return
         left = {self._source_site(key): key for key in self.free}
         right = {self.target[key].site: key for key in self.wanted}
         left_prefix, right_prefix = common_path(left), common_path(right)
         if left_prefix == right_prefix:
             return
-        cut = {name[len(left_prefix) :]: key for name, key in left.items()}
-        pairs = {key: cut.get(name[len(right_prefix) :]) for name, key in right.items()}
+        theirs = {(self._is_fused(0, name), name[len(left_prefix) :]): key for name, key in left.items()}
+        pairs = {key: theirs.get((self._is_fused(1, name), name[len(right_prefix) :])) for name, key in right.items()}
         if any(o is None or self.source[o].shape != self.target[key].shape for key, o in pairs.items()):
             return
         for key, origin in pairs.items():
@@ -219,8 +247,7 @@ class _Matcher:
             self._take(key, origin, "common prefix")
         # what is left of the two when the path that both have is taken off: quantizers are under it, too
         if left_prefix.endswith(right_prefix):
-            self.found.prefix = left_prefix.removesuffix(right_prefix)
+            left_prefix, right_prefix = left_prefix.removesuffix(right_prefix), ""
         elif right_prefix.endswith(left_prefix):
-            self.found.target_prefix = right_prefix.removesuffix(left_prefix)
-        else:
-            self.found.prefix, self.found.target_prefix = left_prefix, right_prefix
+            left_prefix, right_prefix = "", right_prefix.removesuffix(left_prefix)
+        self.found.prefix, self.found.target_prefix = self.cut[0] + left_prefix, self.cut[1] + right_prefix

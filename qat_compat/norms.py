@@ -36,6 +36,10 @@ class Evidence:
         return self._by_form.get(canonical_path(host), ())
 
 
+_BY_SHAPE = "only shape that fits in its parent"
+_BY_CONVENTION = "naming convention"
+
+
 @dataclass
 class Match:
     """Which source key is which target key, and why.
@@ -48,7 +52,8 @@ class Match:
         options: Prefix of a fused normalization whose name is open, or rests on convention alone -> module path of the
             other side -> leaf -> key there.
         notes: Where witnesses disagreed.
-        prefix: Leading path that every source name has and no target name; `target_prefix` the other way round.
+        prefix: Leading path of every source name that is no part of the target's names; `target_prefix` the other way
+            round.
         rename: What the user calls the source's names, before the prefix is taken off.
     """
 
@@ -61,6 +66,11 @@ class Match:
     prefix: str = ""
     target_prefix: str = ""
     rename: Rename = ()
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether a forward of the model could tell a fused normalization better than names and shapes do."""
+        return bool(self.options) or any(witness in (_BY_SHAPE, _BY_CONVENTION) for _, witness in self.norms.values())
 
 
 def choose(
@@ -162,7 +172,7 @@ def _by_elimination(
         else:
             parent = canonical_path(split_path(group.host)[0])
             listed = [p for size in (group.channels, *UNKNOWN) for p in by_parent.get((parent, size), [])]
-            witness = "only shape that fits in its parent"
+            witness = _BY_SHAPE
         fitting = tuple(p for p in listed if p not in taken and _fits(group, pool[p]))
         classes.setdefault((fitting, witness), []).append(group)
     left: list[Fused] = []
@@ -197,7 +207,7 @@ def _by_convention(
             return
         settled[group.prefix] = partners.pop()
     if settled and len(set(settled.values())) == len(settled):
-        chosen.update({prefix: (path, "naming convention") for prefix, path in settled.items()})
+        chosen.update({prefix: (path, _BY_CONVENTION) for prefix, path in settled.items()})
         prefix, path = next(iter(settled.items()))
         notes.append(
             f"named by convention alone: {counted(len(settled), 'fused normalization')} ({prefix} is {path}, ...);"

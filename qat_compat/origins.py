@@ -40,8 +40,9 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
         found[name] = Origin(name, {draft.source[key].leaf: key for key in keys})
         site = renamed_site(draft.source[keys[0]].site, match.rename)
         by_site.setdefault(canonical_site(site, match.prefix), []).append(name)
-    exact = {renamed_path(name, match.rename): name for name in found}
-    plain = {canonical_path(path.removeprefix(match.prefix)): name for path, name in exact.items()}
+    exact = {renamed_path(name, match.rename).removeprefix(match.prefix): name for name in found}
+    forms = Counter(map(canonical_path, exact))
+    plain = {form: name for path, name in exact.items() if forms[form := canonical_path(path)] == 1}
     numbered = {name for name in plain if is_positional(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
     same = same_flow(draft.source, draft.target)
@@ -60,9 +61,10 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
             continue
         origin: str | None = None
         for name in quantizer.names if same or not draft.source.recorded else ():
-            form = canonical_path(name.removeprefix(match.target_prefix))
+            path = name.removeprefix(match.target_prefix)
+            form = canonical_path(path)
             if same_graph or not is_positional(form):
-                origin = exact.get(name) or plain.get(form)
+                origin = exact.get(path) or plain.get(form)
             if origin is not None:
                 break
         if origin is not None and is_positional(canonical_path(quantizer.name)):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import QConfigMapping, get_default_qat_qconfig
+from torch.ao.quantization import QConfigMapping, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import qat_compat as qc
@@ -124,3 +124,79 @@ def test_convention_that_the_data_speaks_against_is_refused() -> None:
 class _Silent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view_as(x)
+
+
+# --- names that say something else than the model does ----------------------------------------------------------------
+
+
+class Crossed(nn.Module):
+    """Cannot be traced, and every normalization is called after another convolution than its own."""
+
+    order = ("bn2", "bn3", "bn1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in (1, 2, 3):
+            self.add_module(f"conv{i}", nn.Conv2d(4, 4, 1))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([row / 2 for row in x])
+        for i, norm in enumerate(self.order, 1):
+            x = torch.relu(getattr(self, norm)(getattr(self, f"conv{i}")(x)))
+        return x
+
+
+class Natural(Crossed):
+    order = ("bn1", "bn2", "bn3")
+
+
+class Parents(nn.Module):
+    """In each of two parents one convolution and one normalization, which belongs to the other's convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "ab":
+            self.add_module(name, nn.ModuleDict({"conv": nn.Conv2d(4, 4, 1), "norm": nn.BatchNorm2d(4)}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([row / 2 for row in x])
+        return self.a["norm"](self.b["conv"](self.b["norm"](self.a["conv"](x))))
+
+
+class Wrapping(nn.Module):
+    """A convolution whose name is that of a wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(torch.relu(self.norm(self.module(x)))))
+
+
+_PAIRS: dict[type[nn.Module], list[list[str]]] = {
+    Crossed: [["conv1", "bn2"], ["conv2", "bn3"], ["conv3", "bn1"]],
+    Natural: [["conv1", "bn1"], ["conv2", "bn2"], ["conv3", "bn3"]],
+    Parents: [["a.conv", "b.norm"], ["b.conv", "a.norm"]],
+    Wrapping: [["module", "norm"], ["conv", "bn"]],
+}
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+@pytest.mark.parametrize("make", _PAIRS)
+def test_the_order_of_calls_goes_before_names_and_shapes(make: type[nn.Module], scale: float) -> None:
+    """Whatever the statistics of the data are like: nobody normalized it, say."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        model = fuse_modules_qat(model.train(), _PAIRS[make])
+        model.qconfig = get_default_qat_qconfig("x86")
+        return prepare_qat(model)
+
+    state = scramble(make()).state_dict()
+    batches = [torch.rand(4, 4, 5, 5, generator=torch.Generator().manual_seed(1)) * scale]
+    twin = assert_twin(make, prepare, state, batches)
+    if make is Wrapping:
+        assert_same_state(dict(qc.to_float(twin.loaded, like=make())), dict(state))
+        assert_same_state(dict(qc.to_float(twin.loaded)), dict(state))

@@ -286,3 +286,44 @@ def test_alone_a_fused_file_tells_its_names_by_convention_among_known_places_or_
         " pass like= (the float model, its state_dict, a path or its keys)"
         for host in ("conv1", "conv2")
     ]
+
+
+# --- parts that have a wrapper's name, and leftovers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", ["source", "target"])
+def test_a_wrapped_file_of_a_model_with_a_part_called_model(wrapped: str) -> None:
+    """`model.stem` of the one is `stem` of the other, and not its `model.stem`."""
+    bare, under = schema("stem.weight", "model.stem.weight"), schema("model.stem.weight", "model.model.stem.weight")
+    if wrapped == "source":
+        assert pairs(under, bare) == {
+            "stem.weight": "model.stem.weight",
+            "model.stem.weight": "model.model.stem.weight",
+        }
+    else:
+        assert pairs(bare, under) == {
+            "model.stem.weight": "stem.weight",
+            "model.model.stem.weight": "model.stem.weight",
+        }
+
+
+def test_a_file_that_holds_the_part_alone_is_not_taken_for_a_wrapped_one() -> None:
+    assert pairs(schema("model.stem.weight"), schema("stem.weight", "model.stem.weight")) == {
+        "model.stem.weight": "model.stem.weight"
+    }
+
+
+def test_what_is_left_on_both_sides_is_not_one_thing() -> None:
+    """An auxiliary head of the file is no classifier of the model, though its tensors are of the same sizes."""
+    source = schema("body.weight", "aux_head.weight", "aux_head.bias")
+    target = schema("body.weight", "classifier.weight", "classifier.bias")
+    assert pairs(source, target) == {"body.weight": "body.weight"}
+
+
+def test_what_is_left_is_not_the_normalization_that_is_missing() -> None:
+    norm = Fused("conv1.bn", "conv1", 2, ("weight", "bias"), lambda: ("bn1",), "trace of the prepared model")
+    target = schema("conv1.weight", "conv1.bn.weight", "conv1.bn.bias", fused=(norm,))
+    source = schema("conv1.weight", "aux_norm.weight", "aux_norm.bias")
+    found = match(source, target)
+    assert found.pairs == {"conv1.weight": ("conv1.weight", "exact key")}
+    assert found.norms == {"conv1.bn": ("bn1", "trace of the prepared model")}

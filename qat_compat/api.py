@@ -140,7 +140,8 @@ def load_checkpoint(
         rename: Ordered (regex, replacement) pairs over source keys.
         keep: Globs over float entries of the model that may stay as they are.
         drop: Globs over source keys to ignore.
-        statistic: How activation ranges are chosen: "native", "percentile", "mse" or "entropy".
+        statistic: How activation ranges are chosen: "native", as the model's own quantizers do; "percentile" (99.99 %
+            of the values); "mse" or "entropy" (what 256 levels, however many the quantizer has, keep most of).
         inplace: Read straight into the model's own parameters: no second copy, and no way back once reading has begun.
         mmap: Assign tensors that lie over the file without a copy, where dtype and device agree. The first write to a
             page copies it, and none reaches the file. The file must outlive the model unchanged: what another process

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qat_compat.driving import Data, Inputs, drive
+from qat_compat.driving import Data, Inputs, check_data, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
 from qat_compat.names import canonical
@@ -96,6 +96,11 @@ def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, sta
         CalibrationError: See :func:`qat_compat.driving.drive`; also a model without activation quantizers.
     """
     check_statistic(statistic)
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(
+            "this is no model", key="model", expected="a QAT-prepared module", found=type(model).__name__
+        )
+    check_data(data, "data", "an iterable of batches or a callable(model)")
     description = describe_model(model)
     chosen = [q for q in description.quantizers if q.needs in (Needs.DATA, Needs.NOTHING)]
     if not any(q.needs is Needs.DATA for q in chosen):

@@ -15,6 +15,7 @@ from qat_compat.origins import Origin, find_origins, key_of, spec_of
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
 from qat_compat.schema import Entry, Role, Spec
 from qat_compat.terms import parse_grid, same_integers, write_down
+from qat_compat.text import collapse, counted, shorten
 
 __all__ = ["quantizer_entries"]
 
@@ -37,6 +38,11 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
             _synthesize(draft, quantizer, keys, "")
         else:
             _carry(draft, quantizer, keys, origin, foreign)
+    if draft.idle:
+        draft.warnings.append(
+            f"{counted(len(draft.idle), 'activation quantizer')} ({', '.join(shorten(collapse(draft.idle), 4))}) still"
+            " with the range of the model before this load: training does not set it, so calibrate before training"
+        )
 
 
 def _is_kept(draft: Draft, quantizer: Quantizer) -> bool:
@@ -218,8 +224,11 @@ def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason:
         how = How.CALIBRATION
     elif quantizer.needs is Needs.NOTHING:
         why = "dynamic: computed for every batch"
-    elif goal.data == "defer":
+    elif goal.data == "defer" and quantizer.observes_in_training():
         why = "deferred to the first training batches (calibration='defer')"
+    elif goal.data == "defer":
+        why = "deferred (calibration='defer'), and training does not set it"
+        draft.idle.append(quantizer.name)
     else:
         detail = f"no calibration data for {quantizer.site}" + (f" ({reason})" if reason else "")
         draft.problem(ProblemKind.UNCALIBRATED, quantizer.name, detail)

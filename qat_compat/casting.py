@@ -43,15 +43,24 @@ def cast_loss(value: Tensor, dtype: torch.dtype) -> Loss | None:
     rounds = dtype.is_floating_point and not value.is_complex()
     for part in _blocks(value):
         cast = part.to(dtype)
-        if not rounds:
-            changed += int((cast.to(part.dtype) != part).sum())
+        if not rounds:  # of integers of one size, a number that wraps around comes back as it was, with another sign
+            changed += int(((cast.to(part.dtype) != part) | (_is_negative(cast) ^ _is_negative(part))).sum())
             continue
-        lost += int((torch.isfinite(part) & ~torch.isfinite(cast)).sum())
+        lost += int((_is_finite(part) & ~_is_finite(cast)).sum())
         changed += int(((cast.to(part.dtype) != part) & (part == part)).sum())
     if lost or (changed and not rounds):
         what = "overflow from" if rounds else "cannot be held after"
         return Loss(f"{lost or changed} of {value.numel()} values {what} {names}", True)
     return Loss(f"{changed} of {value.numel()} values rounded from {names}", False) if changed else None
+
+
+def _is_negative(value: Tensor) -> Tensor:
+    signed = value.dtype.is_signed and not value.is_complex()
+    return value < 0 if signed else torch.zeros((), dtype=torch.bool, device=value.device)
+
+
+def _is_finite(value: Tensor) -> Tensor:
+    return torch.isfinite(value.float() if value.dtype.itemsize == 1 else value)  # torch cannot tell of float8
 
 
 def is_widening(old: torch.dtype, new: torch.dtype) -> bool:

@@ -8,7 +8,6 @@ before afterwards. The caller (:mod:`qat_compat.apply`) has put scratch tensors 
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,13 +18,27 @@ from torch import Tensor, nn
 
 from qat_compat.errors import CalibrationError
 from qat_compat.frameworks import Description, Needs, Quantizer
+from qat_compat.isolation import quiet
 from qat_compat.qparams import RangeHistogram, choose_range
 from qat_compat.text import collapse, counted, shorten
 
-__all__ = ["Data", "Inputs", "drive", "observe_weights", "run_once"]
+__all__ = ["Data", "Inputs", "check_data", "drive", "observe_weights", "run_once"]
 
 Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
 Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+def check_data(value: object, key: str, expected: str) -> None:
+    """Refuse what cannot be iterated over, and a single batch, of which each row or name would be taken for one."""
+    single = isinstance(value, (Tensor, np.ndarray, str, bytes)) or (isinstance(value, Mapping) and not callable(value))
+    if single or not (callable(value) or isinstance(value, Iterable)):
+        raise CalibrationError(
+            "this is no calibration data",
+            key=key,
+            expected=expected,
+            found=type(value).__name__,
+            remedy=f"put a single batch into a list: {key}=[batch]",
+        )
 
 
 def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -240,11 +253,10 @@ def _run(
     number: list[int | None] = [None]  # of the batch that is running
     with (
         torch.no_grad(),
-        warnings.catch_warnings(),
+        quiet(),
         description.framework.evaluation(model) as call,
         _watched(chosen, seen, histograms, number),
     ):
-        warnings.simplefilter("ignore", UserWarning)
         if callable(data):
             _call_user(data, call)
             _check_finite(chosen, seen, None)
@@ -342,8 +354,7 @@ def observe_weights(quantizers: Iterable[Quantizer], known: Mapping[str, tuple[T
         quantizers: Those that quantize weights.
         known: Name -> the range of that tensor, where it has been worked out and is all that the quantizer looks at.
     """
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with torch.no_grad(), quiet():
         for quantizer in quantizers:
             assert quantizer.source is not None
             with _held([quantizer]):

@@ -1,16 +1,18 @@
-"""What the package must not disturb: random state, and the pace of the garbage collector."""
+"""What the package must not disturb: random state, warnings, and the pace of the garbage collector."""
 
 from __future__ import annotations
 
 import gc
 import random
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-__all__ = ["paused_collector", "preserved_random_state"]
+__all__ = ["paused_collector", "preserved_random_state", "quiet"]
 
 
 @contextmanager
@@ -34,6 +36,47 @@ def preserved_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+class _Quiet:
+    """How many are in :func:`quiet`, and what gives the process its filters back when the last of them leaves."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.filters = warnings.catch_warnings()
+
+
+_QUIET = _Quiet()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings; the filters, which all threads share, are as before when the last one that asked for it is done.
+
+    `warnings.catch_warnings` in two threads at once can leave the filters of the one to the other for good.
+
+    Example:
+        >>> import warnings
+        >>> before = list(warnings.filters)
+        >>> with quiet(), quiet():
+        ...     warnings.warn("nobody hears this")
+        >>> warnings.filters == before
+        True
+    """
+    with _QUIET.lock:
+        if not _QUIET.inside:
+            _QUIET.filters = warnings.catch_warnings()
+            _QUIET.filters.__enter__()
+            warnings.simplefilter("ignore")
+        _QUIET.inside += 1
+    try:
+        yield
+    finally:
+        with _QUIET.lock:
+            _QUIET.inside -= 1
+            if not _QUIET.inside:
+                _QUIET.filters.__exit__(None, None, None)
 
 
 @contextmanager

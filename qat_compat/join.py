@@ -122,12 +122,14 @@ def _float_entries(draft: Draft, found: Match, ties: Mapping[str, Sequence[str]]
     kept_globs = set(goal.keep)
     missing: list[str] = []
     same_constants = _same_constants(draft)
-    for key in target.float_keys():
+    sites = {key: _float_name(key, target[key], found) for key in target.float_keys()}
+    asked = {key for key, site in sites.items() if goal.keep and _matches(goal.keep, key, site)}
+    tied = {name for key in asked for name in ties.get(key, ())} - asked
+    for key, site in sites.items():
         entry = target[key]
-        site = _float_name(key, entry, found)
-        if _matches(goal.keep, key, site):
+        if key in asked or key in tied:
             kept_globs -= {glob for glob in goal.keep if _matches([glob], key, site)}
-            draft.steps[key] = Keep(key, "asked for by keep=")
+            draft.steps[key] = Keep(key, "asked for by keep=" if key in asked else "tied to what keep= names")
             draft.kept_modules |= {split_path(key)[0], split_path(site)[0]}
             draft.kept_modules |= {one.host for one in target.fused if key.startswith(f"{one.prefix}.")}
             if key in found.pairs:

@@ -136,7 +136,7 @@ def _prepare(model: nn.Module, source: SourceLike, options: Options, *, dry: boo
         unused=_float_names(options.float_model),
         names=(opened.checkpoint.name, f"{type(model).__name__} ({target.framework})"),
     )
-    plan = replace(plan, warnings=(*opened.checkpoint.notes, *plan.warnings, *_notes(plan, description, options)))
+    plan = replace(plan, warnings=(*opened.checkpoint.notes, *plan.warnings, *_notes(plan, description, options, kind)))
     return _Prepared(plan, opened, description, data, saved)
 
 
@@ -203,7 +203,7 @@ def _float_names(float_model: nn.Module | None) -> frozenset[str]:
     return frozenset(keys) | frozenset(map(canonical, keys))
 
 
-def _notes(plan: Plan, description: Description, options: Options) -> list[str]:
+def _notes(plan: Plan, description: Description, options: Options, kind: str) -> list[str]:
     notes: list[str] = []
     if options.float_model is None:
         schema = description.schema
@@ -215,6 +215,6 @@ def _notes(plan: Plan, description: Description, options: Options) -> list[str]:
             )
     if description.framework is not None:
         notes += description.framework.notes(description.view, options.float_model)
-    if options.calibration is not None and not any(isinstance(s, Synthesize) for s in plan.steps) and plan.copied:
+    if kind in ("batches", "record") and not any(isinstance(s, Synthesize) for s in plan.steps) and plan.copied:
         notes.append("calibration data was not used: nothing needed it")
     return notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Literal, TypedDict
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from qat_compat.calibration import Calibration, check_statistic
-from qat_compat.driving import Data, Inputs
-from qat_compat.errors import CalibrationError, CompatError
+from qat_compat.driving import Data, Inputs, check_data
+from qat_compat.errors import CompatError
 from qat_compat.names import Rename
 
 __all__ = [
@@ -113,12 +113,7 @@ def calibration_of(value: CalibrationLike) -> tuple[Data | None, Calibration | N
         value = Calibration.load(value)
     if isinstance(value, Calibration):
         return None, value, "record"
-    if isinstance(value, torch.Tensor) or not (callable(value) or isinstance(value, Iterable)):
-        raise CalibrationError(
-            "this is no calibration data",
-            key="calibration",
-            expected="an iterable of batches, a callable(model), a Calibration, its path, 'defer' or None",
-            found=type(value).__name__,
-            remedy="put a single batch into a list: calibration=[batch]",
-        )
+    check_data(
+        value, "calibration", "an iterable of batches, a callable(model), a Calibration, its path, 'defer' or None"
+    )
     return value, None, "batches"

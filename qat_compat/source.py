@@ -130,8 +130,21 @@ def _described(checkpoint: Checkpoint) -> Source:
     extra = {key: Entry(key, Role.EXTRA, (), torch.uint8) for key in extra_state(checkpoint) if key not in schema}
     if extra:
         schema = replace(schema, entries={**schema.entries, **extra})
+    if packed := _packed_objects(checkpoint):
+        schema = replace(schema, stage=Stage.CONVERTED, unreadable={**schema.unreadable, **packed})
     checkpoint.framework, checkpoint.stage = schema.framework, schema.stage.value
     return Source(checkpoint, schema)
+
+
+def _packed_objects(checkpoint: Checkpoint) -> dict[str, str]:
+    """Key -> what torch packed into an object of its own, where the weights of a recurrent layer should be."""
+    held = checkpoint.metadata.get("extra_state")
+    odd = held.items() if isinstance(held, Mapping) else ()
+    return {
+        str(key): "recurrent weights that torch packed into an object of its own cannot be read"
+        for key, value in odd
+        if isinstance(value, Mapping) and value.get("class") == "torch.ScriptObject"
+    }
 
 
 def extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -228,15 +241,6 @@ def _from_converted(description: Description) -> Source:
     assert description.framework is not None
     model = description.view.model
     state = model.state_dict()
-    packed = [key for key, value in state.items() if isinstance(value, torch.ScriptObject)]
-    if packed:
-        raise CompatError(
-            "a layer keeps its weights in an object of torch's own that cannot be read",
-            file=f"<{type(model).__name__}>",
-            key=", ".join(packed[:4]),
-            found="packed recurrent weights",
-            remedy="pass the model that it was converted from",
-        )
     checkpoint = open_source(state)
     checkpoint.name = f"<{type(model).__name__}>"
     checkpoint.record = dict(description.framework.record(description.view))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,17 @@ import pytest
 import torch
 from test_apply import CASES, prepared, untouched
 from torch import Tensor, nn
-from torch.ao.quantization import QuantStub, QuantWrapper, get_default_qat_qconfig, prepare_qat
+from torch.ao.quantization import (
+    FakeQuantize,
+    MovingAveragePerChannelMinMaxObserver,
+    QConfig,
+    QuantStub,
+    QuantWrapper,
+    default_weight_fake_quant,
+    disable_observer,
+    get_default_qat_qconfig,
+    prepare_qat,
+)
 from torch.utils.data import DataLoader, TensorDataset
 from zoo import ARCHS
 
@@ -70,6 +82,49 @@ _FORMS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("form", _FORMS)
 def test_every_form_of_data_gives_the_same_state(form: str, expected: nn.Module) -> None:
     assert_same_state(_loaded(_FORMS[form]()), expected)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(2, 3, 12, 12), np.zeros((2, 3, 12, 12)), {"x": torch.zeros(1)}, 5])
+def test_a_single_batch_is_not_taken_for_many(data: Any) -> None:
+    for call in (
+        lambda: qc.calibrate(prepared("eager-x86", "plain"), data),
+        lambda: qc.load_checkpoint(prepared("eager-x86", "plain"), ARCH.state(), calibration=data),
+    ):
+        with pytest.raises(qc.CalibrationError, match="no calibration data"):
+            call()
+
+
+def test_a_statistic_of_a_whole_tensor_is_not_for_quantizers_with_a_range_per_channel() -> None:
+    activation = FakeQuantize.with_args(
+        observer=MovingAveragePerChannelMinMaxObserver, quant_min=-128, quant_max=127, dtype=torch.qint8, ch_axis=1
+    )
+    model = nn.Sequential(QuantStub(), nn.Linear(4, 4)).train()
+    model.qconfig = QConfig(activation=activation, weight=default_weight_fake_quant)
+    model = prepare_qat(model)
+    state = nn.Sequential(QuantStub(), nn.Linear(4, 4)).state_dict()
+    batches = [torch.randn(3, 4)]
+    with untouched(model), pytest.raises(qc.CalibrationError, match="no statistic can be chosen for 2 quantizers"):
+        qc.load_checkpoint(model, state, calibration=batches, statistic="mse")
+    qc.load_checkpoint(model, state, calibration=batches)
+    model.eval()(batches[0])
+
+
+def test_an_observer_that_is_off_learns_nothing_from_training() -> None:
+    model = prepared("eager-x86", "plain").apply(disable_observer)
+    report = qc.load_checkpoint(model, ARCH.state(), calibration="defer")
+    assert any("training does not set it" in text for text in report.warnings)
+    assert report.provenance("fc.activation_post_process.scale").endswith("and training does not set it")
+    fresh = qc.load_checkpoint(prepared("eager-x86", "plain"), ARCH.state(), calibration="defer")
+    assert fresh.warnings == ()
+
+
+def test_loads_in_several_threads_leave_the_warnings_of_the_process_as_they_are() -> None:
+    models = [prepared("eager-x86", "plain") for _ in range(8)]
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        loads = pool.map(lambda model: qc.load_checkpoint(model, ARCH.state(), calibration=ARCH.batches()), models)
+        assert all(report.batches == 2 for report in loads)
+    assert warnings.filters == before
 
 
 def test_a_generator_is_consumed_exactly_once() -> None:

@@ -148,6 +148,20 @@ def test_one_missing_counter_among_others_is_missing() -> None:
 # --- keep= ------------------------------------------------------------------------------------------------------------
 
 
+def test_keep_of_one_of_two_tied_names_keeps_the_tensor() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    own = model.embed.weight.detach().clone()
+    report = qc.load_checkpoint(model, Tied().state_dict(), keep="head.weight")
+    assert torch.equal(model.embed.weight, own) and model.head.weight is model.embed.weight
+    assert report.provenance("embed.weight") == "keep: tied to what keep= names"
+
+
 def test_keep_takes_the_float_models_own_names_for_a_fused_norm() -> None:
     arch, model = ARCHS["plain"], prepared("eager-x86", "plain")
     own = model.conv1.bn.weight.detach().clone()

@@ -147,6 +147,10 @@ class Quantizer(ABC):
         """How many times larger the tensor that a weight quantizer sees is than the range it holds; None if unknown."""
         return None
 
+    def observes_in_training(self) -> bool:
+        """Whether the forwards of a training give it a range, if it has none of the data yet."""
+        return True
+
     def follows(self) -> bool:
         """Whether its range moves after its weight in training, so that a run may be in a state where it lags far."""
         return False

@@ -7,8 +7,8 @@ the same names, the same buffers and the same arithmetic, so classes are told by
 from __future__ import annotations
 
 import copy
+import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer, Reduction
+from qat_compat.isolation import quiet
 from qat_compat.ranges import magnitude, value_range
 from qat_compat.schema import Role
 from qat_compat.text import counted
@@ -217,8 +218,7 @@ class FakeQuant(Quantizer):
     def settle(self) -> None:
         if not hasattr(self.module, "scale"):
             return  # a bare observer: its ranges are its state
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             scale, zero_point = self._calculate_qparams()
         self._write(scale, zero_point)
         for leaf in self._learns:
@@ -279,6 +279,9 @@ class FakeQuant(Quantizer):
         setattr(module, leaf, nn.Parameter(value, requires_grad=_is_on(module.learning_enabled)))
         module._initialized = True
 
+    def takes_range(self) -> bool:
+        return not self.per_channel
+
     def set_range(self, low: Tensor, high: Tensor) -> None:
         observer = self.observer
         for mine, value in ((observer.min_val, low), (observer.max_val, high)):
@@ -301,6 +304,10 @@ class FakeQuant(Quantizer):
         untouched = self._untouched()
         if not untouched and any(not bool(torch.isfinite(value).all()) for value in self.ranges()):
             yield Problem(ProblemKind.INVALID, self.name, "its min_val or max_val is not finite", remedy)
+        ends = self.ranges()
+        if not untouched and len(ends) == 2 and ends[0].shape == ends[1].shape and bool((ends[0] > ends[1]).any()):
+            yield Problem(ProblemKind.INVALID, self.name, "its min_val is larger than its max_val", remedy)
+            return
         bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
         if bad:
             yield Problem(
@@ -329,9 +336,9 @@ class FakeQuant(Quantizer):
         ranges = self.ranges()
         if len(ranges) != 2 or self._untouched():
             return
-        flat = int((ranges[0] == ranges[1]).sum())
+        flat = int(((ranges[0] == 0) & (ranges[1] == 0)).sum())
         if flat:
-            yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
+            yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold zero only; their scale is a default"
         held: Any = getattr(self.module, "scale", None)
         if self.needs is not Needs.DATA or held is None or hasattr(self.observer, "histogram"):
             return
@@ -342,9 +349,12 @@ class FakeQuant(Quantizer):
                 f" ({float(scale.flatten()[0]):.6g}): the source had another quantization grid, or never updated it"
             )
 
+    def observes_in_training(self) -> bool:
+        return not hasattr(self.module, "observer_enabled") or _is_on(self.module.observer_enabled)
+
     def follows(self) -> bool:
-        enabled = getattr(self.module, "observer_enabled", None)
-        return isinstance(enabled, Tensor) and _is_on(enabled) and hasattr(self.observer, "averaging_constant")
+        moving = hasattr(self.module, "observer_enabled") and hasattr(self.observer, "averaging_constant")
+        return moving and self.observes_in_training()
 
     def drift(self) -> float | None:
         ranges = self.ranges()
@@ -353,4 +363,4 @@ class FakeQuant(Quantizer):
         seen = float(torch.stack([value.abs().max() for value in ranges]).max())
         with torch.no_grad():
             now = magnitude(self.source())
-        return now / seen if seen > 0 and now > 0 else None
+        return None if now == 0 else now / seen if seen > 0 else math.inf

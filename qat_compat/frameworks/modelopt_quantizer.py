@@ -203,6 +203,9 @@ class AmaxQuantizer(Quantizer):
     def hides_infinity(self) -> bool:
         return True  # its calibrator stops at NaN and inf with an assertion
 
+    def observes_in_training(self) -> bool:
+        return False
+
     def refusal(self) -> str:
         module: Any = self.module
         if self._algorithm not in _PLAIN_ALGORITHMS:

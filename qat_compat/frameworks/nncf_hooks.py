@@ -115,6 +115,9 @@ class HookQuantizer(Quantizer):
         owner.set_levels()
         owner.initialized = True
 
+    def observes_in_training(self) -> bool:
+        return False
+
     def refusal(self) -> str:
         if len(self.names) > 1:
             return "it is shared by several operations, whose ranges NNCF unifies by rules that are no state"

@@ -14,7 +14,6 @@ What is known here, and what it rests on (torchao 0.18):
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import KeyView, ModelView
 from qat_compat.frameworks.fx import BATCH_NORMS, FX, graphs_of, is_exported
+from qat_compat.isolation import quiet
 from qat_compat.schema import Entry, Fused
 from qat_compat.state import split_path
 
@@ -90,8 +90,7 @@ class PT2E(FX):
                 if not is_exported(module):
                     continue
                 twin = _shallow_copy(module)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with quiet():
                     move_exported_model_to_eval(twin)
                 if path:
                     parent, name = split_path(path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from fsspec.core import url_to_fs
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from qat_compat.api import save_checkpoint, to_float
@@ -17,6 +19,9 @@ __all__ = ["FloatBeside"]
 
 class FloatBeside(TorchCheckpointIO):  # type: ignore[misc,unused-ignore]  # where Lightning is not installed
     """A `CheckpointIO` that writes `last.float.safetensors` beside `last.ckpt`, and removes both together.
+
+    Lightning's links (`save_last="link"`) and the checkpoints of strategies that write them by themselves, a folder of
+    shards, say, get none.
 
     The checkpoint itself is what Lightning writes without this, and is there before the other one is begun: whatever
     stands in the way of the float file, the run can be resumed.
@@ -43,14 +48,35 @@ class FloatBeside(TorchCheckpointIO):  # type: ignore[misc,unused-ignore]  # whe
     ) -> None:
         """Write the checkpoint, then the float file."""
         super().save_checkpoint(checkpoint, path, storage_options)
-        save_checkpoint(to_float(checkpoint, like=self.like), self.float_path(path))
+        weights = to_float(checkpoint, like=self.like)
+        if not _is_remote(path):
+            save_checkpoint(weights, self.float_path(path))
+            return
+        with TemporaryDirectory() as folder:
+            local = save_checkpoint(weights, Path(folder, "model.safetensors"))
+            files, there = url_to_fs(_float_name(path))
+            files.put_file(str(local), there)
 
     def remove_checkpoint(self, path: str | PathLike[str]) -> None:
         """Remove both files."""
         super().remove_checkpoint(path)
-        self.float_path(path).unlink(missing_ok=True)
+        if not _is_remote(path):
+            self.float_path(path).unlink(missing_ok=True)
+            return
+        files, there = url_to_fs(_float_name(path))
+        if files.exists(there):
+            files.rm_file(there)
 
     @staticmethod
     def float_path(path: str | PathLike[str]) -> Path:
-        """Where the float file of a checkpoint is."""
-        return Path(path).with_suffix(".float.safetensors")
+        """Where the float file of a checkpoint on a disk is."""
+        return Path(_float_name(path))
+
+
+def _float_name(path: str | PathLike[str]) -> str:
+    return f"{fspath(path).removesuffix('.ckpt')}.float.safetensors"
+
+
+def _is_remote(path: str | PathLike[str]) -> bool:
+    """Whether it is one of the URLs that Lightning takes as well (`s3://`, `gs://`, `memory://`)."""
+    return "://" in fspath(path)

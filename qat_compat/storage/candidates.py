@@ -40,6 +40,7 @@ def is_weights(node: object) -> bool:
     """Whether `node` is a state_dict (or a module): names with tensors directly under them."""
     if isinstance(node, torch.nn.Module):
         return bool(node.state_dict())
+    node = _compiled(node)
     if isinstance(node, Opaque):
         return _is_module(node) and next(_module_tensors(node, "", 0), None) is not None
     if not isinstance(node, Mapping) or not node:
@@ -76,6 +77,7 @@ def weights_of(node: object) -> Weights:
     versions: Any = None
     if isinstance(node, torch.nn.Module):
         node = node.state_dict()
+    node = _compiled(node)
     if isinstance(node, Opaque):
         members = dict(_module_tensors(node, "", 0))
     else:
@@ -155,6 +157,13 @@ def _tensors_in(value: object) -> bool:
     )
 
 
+def _compiled(node: object) -> object:
+    """The module in what `torch.compile` made of it, which is pickled as a call with that module; else as it is."""
+    if isinstance(node, Opaque) and node.cls.endswith(".OptimizedModule") and node.args:
+        return node.args[0] if _is_module(node.args[0]) else node
+    return node
+
+
 def _is_module(node: object) -> bool:
     if isinstance(node, Opaque):
         attributes = node.attributes()
@@ -182,6 +191,7 @@ def _module_tensors(module: Opaque, prefix: str, depth: int) -> Iterator[tuple[s
     for name, child in (attributes.get("_modules") or {}).items():
         if child is None:
             continue
+        child = _compiled(child)
         if not isinstance(child, Opaque) or not _is_module(child):
             raise _no_tensor(prefix + str(name), child)
         yield from _module_tensors(child, f"{prefix}{name}.", depth + 1)

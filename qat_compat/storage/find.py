@@ -12,6 +12,7 @@ from typing import Any
 
 from qat_compat.errors import CheckpointError
 from qat_compat.storage.io import open_source
+from qat_compat.storage.locate import SeveralSetsError
 
 __all__ = ["find_checkpoint"]
 
@@ -43,11 +44,20 @@ def find_checkpoint(
         config: Values for the pattern. Needed only if it has fields.
 
     Raises:
-        CheckpointError: The pattern has a field that `config` has not.
+        CheckpointError: The pattern is none, or has a field that `config` has not.
     """
     names = _filled(pattern, config or {})
     root = Path(folder)
-    found = [path for path in root.glob(names) if not path.name.startswith(".") and not _is_sidecar(path)]
+    try:
+        found = [path for path in root.glob(names) if not path.name.startswith(".") and not _is_sidecar(path)]
+    except (NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            "the pattern is malformed",
+            key=pattern,
+            expected="a glob for names below the folder",
+            found=error,
+            remedy="pass the folder by itself, and the pattern of what is in it",
+        ) from error
     for path in sorted(found, key=_age, reverse=True):
         problem = _problem(path)
         if problem is None:
@@ -73,7 +83,15 @@ def _filled(pattern: str, config: Mapping[str, Any]) -> str:
             found=missing[0],
             remedy=f"pass config={{{missing[0]!r}: ...}}",
         )
-    return pattern.format_map(config) if fields else pattern
+    try:
+        return pattern.format_map(config) if fields else pattern
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(
+            "the pattern does not fit the configuration",
+            key=pattern,
+            found=error,
+            remedy="see the format of its fields",
+        ) from error
 
 
 def _age(path: Path) -> tuple[int, str]:
@@ -87,6 +105,8 @@ def _problem(path: Path) -> str | None:
     """Why a file is not complete; None if it is."""
     try:
         open_source(path, verify=True)
+    except SeveralSetsError:
+        pass  # which of them is for whoever loads it to say
     except CheckpointError as error:
         return str(error.message)
     for suffix, digits in _SIDECARS.items():

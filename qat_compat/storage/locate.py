@@ -8,8 +8,13 @@ from typing import Any, NamedTuple
 from qat_compat.errors import CheckpointError
 from qat_compat.storage.candidates import has_tensors, is_weights
 from qat_compat.storage.standins import Opaque
+from qat_compat.text import shorten
 
-__all__ = ["Found", "locate", "state_beside"]
+__all__ = ["Found", "SeveralSetsError", "locate", "state_beside"]
+
+
+class SeveralSetsError(CheckpointError):
+    """The file is sound, and does not tell which of its weights are meant."""
 
 
 class Trainer(NamedTuple):
@@ -59,11 +64,12 @@ _STATE = (
     "var_opt",
     "scaler",
     "sched",
-    "lr_",
+    "lr_sched",
     "rng",
     "loops",
     "callbacks",
-    "hyper",
+    "hyper_param",
+    "hyperparam",
     "grad",
     "metrics",
     "averaging",
@@ -114,6 +120,8 @@ def locate(tree: object, select: str | None) -> Found:
             raise _wrong_path(select, ["the file is a bare state_dict: leave `select` out"])
         return Found("", tree, (), (), "")
     sets = dict(_search(tree, "", 0))
+    if not sets and select and is_weights(named := _get(tree, select)):
+        sets[select] = named  # under a name that training state has, and asked for all the same
     if not sets and has_tensors(tree):  # tensors and settings side by side, in one mapping
         return Found("", tree, (), (), "")
     if not sets:
@@ -127,7 +135,8 @@ def locate(tree: object, select: str | None) -> Found:
     path, reason = _choose(tree, sets, trainer, select)
     beside = [extra for extra in (trainer.beside if trainer else ()) if isinstance(_get(tree, extra), Mapping)]
     others = tuple(other for other in sets if other != path and other not in beside)
-    note = f"weights are `{path}`{reason}; also there: {', '.join(others)}" if others and select is None else ""
+    also = ", ".join(shorten(others, _MAX_LISTED))
+    note = f"weights are `{path}`{reason}; also there: {also}" if others and select is None else ""
     nodes = tuple(_get(tree, extra) for extra in beside)
     return Found(path, sets[path], nodes, others, note, (path, *others, *beside))
 
@@ -174,7 +183,7 @@ def _choose(tree: object, sets: dict[str, object], trainer: Trainer | None, sele
     for name in EMA:
         if path := _below(name, sets):
             return path, ", the averaged weights"
-    raise CheckpointError(
+    raise SeveralSetsError(
         "several sets of weights, and nothing tells which is the model",
         expected="one set of weights",
         found=", ".join(list(sets)[:_MAX_LISTED]),

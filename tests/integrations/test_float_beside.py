@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 from torch.ao.quantization import QuantStub, fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 from torch.utils.data import DataLoader
@@ -97,3 +98,18 @@ def test_lightnings_own_file_is_there_whatever_becomes_of_the_float_one(tmp_path
         fit(Lit(qat=True), tmp_path, FloatBeside(like={"model.other.weight": torch.zeros(3)}))
     assert [path.name for path in tmp_path.iterdir()] == ["epoch=0.ckpt"]
     assert qc.load_checkpoint(Lit(qat=True), tmp_path / "epoch=0.ckpt").synthesized == 0
+
+
+def test_names_that_hold_dots_do_not_fall_together() -> None:
+    assert FloatBeside.float_path("runs/model_v1.1") != FloatBeside.float_path("runs/model_v1.2")
+    assert FloatBeside.float_path("runs/epoch=1.ckpt") == Path("runs/epoch=1.float.safetensors")
+
+
+def test_a_run_that_saves_to_a_url_has_both_files_there() -> None:
+    lit = Lit(qat=True)
+    fit(lit, "memory://float-beside", FloatBeside(like=Lit()), epochs=2)  # type: ignore[arg-type]
+    files = fsspec.filesystem("memory")
+    names = sorted(name.rpartition("/")[2] for name in files.ls("/float-beside", detail=False))
+    assert names == ["epoch=1.ckpt", "epoch=1.float.safetensors"]
+    written = load(files.cat_file("/float-beside/epoch=1.float.safetensors"))
+    assert all(torch.equal(written[key], value) for key, value in qc.to_float(lit, like=Lit()).items())

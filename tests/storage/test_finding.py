@@ -81,3 +81,14 @@ def test_the_configuration_is_in_the_name(tmp_path: Path) -> None:
     assert error.value.found == "hidden_size"
     with pytest.raises(CheckpointError, match="pattern is malformed"):
         find_checkpoint(tmp_path, "pretrain_{*.pth")
+
+
+def test_which_of_several_sets_is_meant_is_not_asked_here(tmp_path: Path) -> None:
+    torch.save({"generator": {"w": torch.ones(2)}, "discriminator": {"w": torch.ones(3)}}, tmp_path / "gan.pt")
+    assert find_checkpoint(tmp_path, "*.pt") == tmp_path / "gan.pt"
+
+
+@pytest.mark.parametrize("pattern", ["/abs/*.pt", "", "{hidden_size:04d}.pt", "{hidden_size.x}.pt"])
+def test_what_is_no_pattern_is_said(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(CheckpointError, match="pattern"):
+        find_checkpoint(tmp_path, pattern, config={"hidden_size": "512"})

@@ -143,3 +143,33 @@ def test_an_open_checkpoint_is_passed_through() -> None:
     assert open_source(checkpoint) is checkpoint
     with pytest.raises(CheckpointError, match="one set of weights"):
         open_source(checkpoint, select="ema")
+
+
+def test_names_that_begin_like_training_state() -> None:
+    """A super-resolution pair is two networks; what a person asks for by name is read whatever it is called."""
+    one, two = {"w": torch.ones(2)}, {"w": torch.ones(3)}
+    with pytest.raises(CheckpointError, match="several sets of weights"):
+        open_source({"lr_net": one, "hr_net": two})
+    assert open_source({"hypernetwork": one})["w"].shape == (2,)
+    assert open_source({"optim_net": one}, select="optim_net")["w"].shape == (2,)
+    assert list(open_source({"model": one, "lr_schedulers": two, "hyper_parameters": two}).metadata) == [
+        "lr_schedulers",
+        "hyper_parameters",
+    ]
+
+
+def test_a_note_of_very_many_sets_is_short() -> None:
+    sets = {f"adam.state.{i}": {"w": torch.ones(1)} for i in range(500)}
+    (note,) = open_source({"model": {"w": torch.ones(1)}, **sets}).notes
+    assert len(note) < 500 and note.endswith("and 489 more")
+
+
+@pytest.mark.parametrize("under", [None, "model"])
+def test_a_pickled_compiled_module(tmp_path: Any, under: str | None) -> None:
+    """torch pickles it as a call with the module that was compiled."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    compiled = torch.compile(model, backend="eager")
+    torch.save({under: compiled, "epoch": 3} if under else compiled, tmp_path / "c.pt")
+    checkpoint = open_source(tmp_path / "c.pt")
+    assert list(checkpoint) == list(model.state_dict())
+    assert all(torch.equal(checkpoint[key], value) for key, value in model.state_dict().items())

@@ -8,7 +8,7 @@ included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -18,7 +18,7 @@ from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
 from qat_compat.frameworks import Description, Quantizer
 from qat_compat.isolation import preserved_random_state
-from qat_compat.plan import Copy, Derive, How, Plan, Step, Synthesize
+from qat_compat.plan import Copy, Derive, How, Keep, Plan, Step, Synthesize
 from qat_compat.schema import Role, Schema
 from qat_compat.staging import Reading, Staged, stage
 from qat_compat.state import Slot, split_path
@@ -61,6 +61,11 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
         QParamError: A scale or zero_point that no quantizer can use.
     """
     description = reading.description
+    _refuse_meta(
+        [s.key for s in plan.steps if isinstance(s, (Keep, Synthesize)) or (isinstance(s, Derive) and not s.is_read)],
+        plan,
+        description,
+    )
     # what is made in inference mode could not be trained; what the model has from there can be written in it alone
     fixed = any(slot.tensor.is_inference() for slot in description.view.slots.values())
     with preserved_random_state(), torch.inference_mode(fixed), torch.no_grad():
@@ -227,20 +232,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             found=first.detail,
             remedy=first.remedy,
         )
-    meta = [key for key, slot in description.view.slots.items() if key == slot.key and _is_meta(slot)]
-    if meta:
-        raise PlanError(
-            [
-                Problem(
-                    ProblemKind.MISSING,
-                    key,
-                    "still on the meta device: the source does not hold it",
-                    "build this buffer on a real device before loading",
-                )
-                for key in meta
-            ],
-            file=plan.source,
-        )
+    _refuse_meta(list(description.view.slots), plan, description)
     findings = [finding for q in description.quantizers if q.name in touched for finding in q.findings()]
     return (*findings, *_stale(plan, description))
 
@@ -250,6 +242,23 @@ def _touched(plan: Plan, description: Description) -> set[str]:
     entries = description.schema.entries
     steps = (step for step in plan.steps if isinstance(step, (Copy, Derive, Synthesize)))
     return {entries[step.key].quantizer for step in steps if step.key in entries}
+
+
+def _refuse_meta(keys: Sequence[str], plan: Plan, description: Description) -> None:
+    """Raise where tensors that the source does not give have no data in the model either."""
+    slots = description.view.slots
+    problems = [
+        Problem(
+            ProblemKind.MISSING,
+            key,
+            "still on the meta device: the source does not hold it",
+            "build it on a real device before loading; quantizers, too: only parameters can be made by the load",
+        )
+        for key in keys
+        if key in slots and key == slots[key].key and _is_meta(slots[key])
+    ]
+    if problems:
+        raise PlanError(problems, file=plan.source)
 
 
 def _is_meta(slot: Slot) -> bool:

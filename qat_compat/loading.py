@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from qat_compat.apply import Driving, apply
 from qat_compat.calibration import Calibration, fingerprint
 from qat_compat.draft import Goal
 from qat_compat.driving import Data
-from qat_compat.errors import CalibrationError, PlanError, ProblemKind
+from qat_compat.errors import CalibrationError, CompatError, PlanError, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.isolation import paused_collector, preserved_random_state
@@ -82,7 +83,15 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
             advance=partial(advance, "read"),
         )
         driving = Driving(ready.data, options.inputs, options.statistic, partial(advance, "calibrate"))
-        outcome = apply(ready.plan, reading, driving)
+        try:
+            outcome = apply(ready.plan, reading, driving)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise CompatError(
+                "there is not enough memory for what the load changes beside what the model holds",
+                file=ready.plan.source,
+                found=str(error) or type(error).__name__,
+                remedy="the model is as it was; inplace=True reads into its own parameters, without a second copy",
+            ) from error
     findings = outcome.findings
     if ready.saved is not None and ready.saved.weights != fingerprint(ready.description):
         findings += ("the saved calibration was taken with other weights than the ones loaded here",)

@@ -64,7 +64,10 @@ def fresh_tensors(specs: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[
 
 def _mapping(length: int) -> mmap.mmap:
     whole = -(-max(length, 1) // _HUGE_PAGE) * _HUGE_PAGE  # the kernel aligns what is a multiple of a huge page
-    made = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        made = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{whole} bytes: {error.strerror}") from error
     assert _MADV_HUGEPAGE is not None
     made.madvise(_MADV_HUGEPAGE)
     return made

@@ -242,7 +242,7 @@ class _Stager:
 
     def _to_read(self, slot: Slot, spec: Spec, extent: Extent, target: Tensor) -> Read:
         wanted = {one for key in slot.keys for one in self.reductions.get(key, ())} if self.reductions else None
-        if not wanted or not RangeOver.takes(target.dtype) or not target.dim():
+        if not wanted or not RangeOver.takes(target.dtype) or not (target.dim() and target.numel()):
             return Read(extent, spec.dtype, target)
         axes = {one: None if one.axis is None else one.axis % target.dim() for one in wanted}
         found = {one: RangeOver(target, axis, one.group) for one, axis in axes.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 import torch
 from flows import FLOWS, prepare_for
 from torch import Tensor, nn
+from torch.ao.quantization import QConfig, default_per_channel_weight_fake_quant, prepare_qat
 from zoo import ARCHS
 
 import qat_compat as qc
 from qat_compat.frameworks import describe_model
 from qat_compat.plan import Keep, Synthesize
-from qat_compat.testing import scramble
+from qat_compat.testing import assert_same_state, scramble
 
 # one architecture of each framework, and both kinds of torchao state that no state_dict holds
 CASES = (
@@ -347,6 +349,38 @@ def test_what_the_file_does_not_hold_cannot_stay_on_meta() -> None:
     state = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).state_dict()
     with untouched(model), pytest.raises(qc.PlanError, match=r"0\.mask: still on the meta device"):
         qc.load_checkpoint(model, state)
+
+
+def test_quantizers_whose_settings_are_on_meta_are_refused_before_data_runs() -> None:
+    """But for a file that has them all."""
+    arch = ARCHS["plain"]
+    model = prepared("eager-x86", "plain").to("meta")
+    with untouched(model), pytest.raises(qc.PlanError, match="42 keys, such as .*: still on the meta device"):
+        qc.load_checkpoint(model, arch.state(), calibration=arch.batches(), device="cpu")
+    loaded = prepared("eager-x86", "plain")
+    qc.load_checkpoint(loaded, arch.state(), calibration=arch.batches())
+    qc.load_checkpoint(model, loaded.state_dict(), device="cpu")
+    assert_same_state(model, loaded)
+
+
+def test_a_layer_without_inputs_has_no_range(tmp_path: Path) -> None:
+    layers = nn.Sequential(nn.Linear(0, 4)).train()
+    layers.qconfig = QConfig(activation=nn.Identity, weight=default_per_channel_weight_fake_quant)
+    model = prepare_qat(layers)
+    file = qc.save_checkpoint(nn.Sequential(nn.Linear(0, 4)), tmp_path / "empty.safetensors")
+    assert qc.load_checkpoint(model, file).copied == 2
+    assert torch.equal(model[0].weight_fake_quant.scale, torch.ones(1))
+
+
+def test_a_lack_of_memory_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> object:
+        raise MemoryError("none left")
+
+    model, state = nn.Linear(2, 3), nn.Linear(2, 3).state_dict()
+    monkeypatch.setattr("qat_compat.loading.apply", none_left)
+    with untouched(model), pytest.raises(qc.CompatError, match="not enough memory") as caught:
+        qc.load_checkpoint(model, state)
+    assert "inplace=True" in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", ["1.*", "0.weight"])

@@ -143,6 +143,9 @@ def load_checkpoint(
         statistic: How activation ranges are chosen: "native", as the model's own quantizers do; "percentile" (99.99 %
             of the values); "mse" or "entropy" (what 256 levels, however many the quantizer has, keep most of).
         inplace: Read straight into the model's own parameters: no second copy, and no way back once reading has begun.
+            Otherwise a parameter, though the same object, has new memory afterwards: what shares the old one without
+            being the model's (`share_memory()`, a flat buffer of which parameters are views, a captured CUDA graph)
+            does not see the load.
         mmap: Assign tensors that lie over the file without a copy, where dtype and device agree. The first write to a
             page copies it, and none reaches the file. The file must outlive the model unchanged: what another process
             writes into it may be seen here, and where it cuts the file short, touching the tensor kills this process.

@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = ["Loss", "cast_loss", "is_widening", "same_values"]
 
 _BLOCK = 1 << 20  # elements
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def same_values(left: Tensor, right: Tensor) -> bool:
     """
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    if left.is_floating_point():
-        return bool(((left == right) | ((left != left) & (right != right))).all())
+    if left.is_floating_point():  # as integers: neither does NaN differ from itself, nor is -0.0 the same as 0.0
+        integer = _INTEGERS[left.dtype.itemsize]
+        return torch.equal(left.detach().view(integer), right.detach().view(integer))
     return torch.equal(left, right)

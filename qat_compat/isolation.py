@@ -17,7 +17,7 @@ __all__ = ["paused_collector", "preserved_random_state", "quiet"]
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Random state of torch (every device in use), numpy and Python as before, whatever happens inside.
+    """Random state of torch (the CPU and CUDA), numpy and Python as before, whatever happens inside.
 
     Example:
         >>> import torch

@@ -148,6 +148,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: strings, numbers, lists and dicts."""
         return {
+            "schema": 1,  # of this dictionary; it grows with each change that a reader has to know of
             "source": self.source,
             "target": self.target,
             "steps": [_step_dict(step) for step in self.steps],

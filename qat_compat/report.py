@@ -93,6 +93,8 @@ class Report:
         data: dict[str, Any] = {
             **self.plan.to_dict(),
             "warnings": list(self.warnings),
+            "losses": dict(self.losses),
+            "findings": list(self.findings),
             "counts": _counts(self.plan),
             "batches": self.batches,
             "seconds": round(self.seconds, 6),

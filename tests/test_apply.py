@@ -355,7 +355,7 @@ def test_quantizers_whose_settings_are_on_meta_are_refused_before_data_runs() ->
     """But for a file that has them all."""
     arch = ARCHS["plain"]
     model = prepared("eager-x86", "plain").to("meta")
-    with untouched(model), pytest.raises(qc.PlanError, match="42 keys, such as .*: still on the meta device"):
+    with untouched(model), pytest.raises(qc.PlanError, match=r"42 keys, such as .*: still on the meta device"):
         qc.load_checkpoint(model, arch.state(), calibration=arch.batches(), device="cpu")
     loaded = prepared("eager-x86", "plain")
     qc.load_checkpoint(loaded, arch.state(), calibration=arch.batches())

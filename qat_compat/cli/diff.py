@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qat_compat.api import open_checkpoint, to_float
+from qat_compat.casting import same_values
 from qat_compat.cli.console import console
 from qat_compat.errors import PlanError
 from qat_compat.names import canonical
@@ -96,15 +97,20 @@ def _names(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, str], dict[str, str]
 
 
 def _difference(a: Any, b: Any) -> str:
-    """How two tensors of one shape and dtype differ; "" if they do not. Two NaN are alike."""
+    """How two tensors of one shape and dtype differ in their bits; "" if they do not."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return "" if a == b else "extra state differs"
     if a.is_quantized or b.is_quantized:
         a, b = (torch.dequantize(value) for value in (a, b))
-    unlike = ~((a == b) | ((a != a) & (b != b)))
+    if same_values(a, b):
+        return ""
+    unlike = (a != b) & ~((a != a) & (b != b))
     count = int(unlike.sum())
     if not count:
-        return ""
+        return "only in the sign of zeros or the bits of NaN"
+    if not (a.is_floating_point() or a.is_complex()):  # a float would not hold every difference of integers
+        gaps = (abs(int(x) - int(y)) for x, y in zip(a[unlike].tolist(), b[unlike].tolist(), strict=True))
+        return f"{count:,} of {a.numel():,} differ, at most by {max(gaps)}"
     wide = torch.complex128 if a.is_complex() else torch.float64
     gap = (a.to(wide) - b.to(wide))[unlike].abs().max().item()
     return f"{count:,} of {a.numel():,} differ, at most by {gap:.3g}"

@@ -29,7 +29,7 @@ from qat_compat.frameworks.sparseml import QuantWrapped, SparseML
 from qat_compat.frameworks.torch_ao import TorchAO
 from qat_compat.frameworks.torchao import TorchAOQAT
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec
-from qat_compat.state import Slot, collect_slots, has_extra_state, join_path, modules_of, split_path
+from qat_compat.state import collect_slots, has_extra_state, join_path, modules_of, split_path
 
 __all__ = [
     "FRAMEWORKS",
@@ -93,10 +93,6 @@ class Description:
     schema: Schema
     quantizers: tuple[Quantizer, ...]
     framework: Framework | None
-
-    @property
-    def slots(self) -> dict[str, Slot]:
-        return dict(self.view.slots)
 
 
 def is_consulted(key: str, spec: Spec) -> bool:

@@ -342,6 +342,8 @@ class Framework(ABC):
         """A callable that runs the model in eval mode; the model's own modes are as before afterwards."""
         modes = [(module, module.training) for module in model.modules()]
         inner = getattr(model, "_orig_mod", model)
+        if isinstance(inner, nn.DataParallel):
+            inner = inner.module  # of its replicas on several devices only the first would keep what it sees
         try:
             inner.eval()
             yield inner

@@ -336,9 +336,11 @@ class FakeQuant(Quantizer):
         ranges = self.ranges()
         if len(ranges) != 2 or self._untouched():
             return
-        flat = int(((ranges[0] == 0) & (ranges[1] == 0)).sum())
-        if flat:
-            yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold zero only; their scale is a default"
+        one_value = ranges[0] == ranges[1]
+        if self.needs is Needs.WEIGHTS:
+            one_value &= ranges[0] == 0  # a channel may well have one weight, from which its scale follows
+        if flat := int(one_value.sum()):
+            yield f"{self.name}: {flat} of {ranges[0].numel()} ranges hold one value only; their scale is a default"
         held: Any = getattr(self.module, "scale", None)
         if self.needs is not Needs.DATA or held is None or hasattr(self.observer, "histogram"):
             return

@@ -124,8 +124,7 @@ def _shallow_copy(module: nn.Module) -> torch.fx.GraphModule:
     twin = torch.fx.GraphModule(module, graph)
     graph._codegen = copy.copy(module.graph._codegen)
     twin.meta = dict(module.meta)
-    for name in ("_exported_training",):
-        if hasattr(module, name):
-            setattr(twin, name, getattr(module, name))
+    if hasattr(module, "_exported_training"):
+        twin._exported_training = module._exported_training
     twin.recompile()
     return twin

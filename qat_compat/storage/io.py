@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,8 @@ def save(
     Raises:
         SaveError: A value has no form in the file, or the operating system refused (its error is the `__cause__`).
     """
+    path = _destination(path)
     try:
-        path = Path(os.fsdecode(path))
         if versions is None and isinstance(tensors, Checkpoint):
             versions = tensors.versions
         if isinstance(tensors, Checkpoint) and tensors.attributes:
@@ -150,6 +150,25 @@ def save(
             remedy="what stood at the destination before is unchanged; see the cause above",
         ) from error
     return path
+
+
+_OTHERS = frozenset({".npz", ".npy", ".onnx", ".h5", ".hdf5", ".gguf", ".msgpack", ".json", ".index", ".zip"})
+
+
+def _destination(path: str | os.PathLike[str]) -> Path:
+    try:
+        destination = Path(os.fsdecode(path))
+    except TypeError as error:
+        raise SaveError("this is no path", key="path", expected="a path", found=type(path).__name__) from error
+    if destination.suffix.lower() in _OTHERS:
+        raise SaveError(
+            "the name is that of a file of another kind",
+            file=destination,
+            expected="a name that ends in .safetensors, .pt, .pth, .ckpt or .bin",
+            found=destination.suffix,
+            remedy="give it a name that says what is in it: readers go by that",
+        )
+    return destination
 
 
 def _checkpoint(opened: Opened, name: str, select: str | None) -> Checkpoint:
@@ -186,7 +205,7 @@ def _recorded_attributes(record: dict[str, Any]) -> dict[str, Any]:
     return {name: about for name, about in found.items() if isinstance(about, dict)}
 
 
-def _reader(weights: Weights, name: str) -> Any:
+def _reader(weights: Weights, name: str) -> Callable[[str], Tensor]:
     def read(key: str) -> Tensor:
         try:
             return weights.tensors[key].read()

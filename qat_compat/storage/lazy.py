@@ -22,17 +22,11 @@ __all__ = [
     "StoredTensor",
     "check_extent",
     "contiguous",
-    "element_size",
 ]
 
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 62
 _MAX_EXPANSION = 64 << 20  # bytes that an expanded (stride 0) tensor may claim beyond what its storage holds
-
-
-def element_size(dtype: torch.dtype) -> int:
-    """Bytes of one element."""
-    return dtype.itemsize
 
 
 class LazyTensor:
@@ -165,7 +159,7 @@ class StoredTensor(LazyTensor):
             return None
         if not self.dense or (whole := storage.locate()) is None:
             return None
-        size = element_size(self.spec.dtype)
+        size = self.spec.dtype.itemsize
         length = math.prod(self.spec.shape) * size
         if length == whole.nbytes:
             return whole
@@ -173,7 +167,7 @@ class StoredTensor(LazyTensor):
 
     def read(self) -> Tensor:
         dtype = self.spec.dtype
-        size = element_size(dtype)
+        size = dtype.itemsize
         raw = self.storage.load()
         if self.storage.swap and size > 1:
             part = size // 2 if dtype.is_complex else size
@@ -248,7 +242,7 @@ def check_extent(
             found=f"size {short(shape)}, stride {short(stride)}, offset {short(offset)}",
             remedy="the file is corrupt; get a fresh copy",
         )
-    item = element_size(dtype)
+    item = dtype.itemsize
     if count == 0:
         last = offset - 1  # an empty tensor touches nothing, but its offset still has to lie in the storage
     if (last + 1) * item > nbytes:

@@ -152,7 +152,7 @@ def widen(model: nn.Module) -> None:
     """Make the range of each weight wider than the weight."""
     description = describe_model(model)
     with torch.no_grad():
-        for key, slot in description.slots.items():
+        for key, slot in description.view.slots.items():
             if key in description.schema and _is_range(description.schema[key]):
                 slot.tensor.mul_(WIDER)
 

@@ -28,9 +28,10 @@ RESULTS = Path(__file__).parent / "results"
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     about = results["machine"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in results["rows"]))
     lines = [
         f"{about['accelerator'] or about['device']}: {about['processor']}, {about['cores']} cores,"
-        f" torch {about['torch']}, qat_compat {about['qat_compat']} ({about['commit']});"
+        f" torch {about['torch']}, qat_compat {about['qat_compat']} ({commits});"
         " medians of fresh processes; the page cache is warm where nothing else is said.",
     ]
     for name, suite in SUITES.items():
@@ -49,7 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         "--tiny", action="store_true", help="the smallest sizes, all in this process: to see that everything runs"
     )
     parser.add_argument(
-        "--out", type=Path, help="where the JSON goes (default results/DEVICE.json beside this; nowhere with --only)"
+        "--out",
+        type=Path,
+        help="where the JSON goes (default results/DEVICE.json beside this; with --only, the rows of that suite, if those"
+        " of the others are of this machine)",
     )
     parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -58,20 +62,35 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(os.cpu_count() or 1)
         print(json.dumps(SUITES[options.one[0]].one(*options.one[1:])))
         return 0
-    rows: list[dict[str, Any]] = []
-    results = {"machine": machine(), "rows": rows}  # as the machine was before the run
-    out = options.out or (None if options.only else RESULTS / f"{options.device}.json")
+    about = machine()  # as it was before the run
+    out = options.out or RESULTS / f"{options.device}.json"
+    others = _others(out, about) if options.only else []
+    taken: list[dict[str, Any]] = []
     for name, suite in SUITES.items():
         if options.only in (None, name):
             with tempfile.TemporaryDirectory() as folder:
                 cases = suite.prepare(Path(folder), options.tiny)
                 measure = suite.one if options.tiny else partial(fresh, name)
-                rows += suite.rows(interleaved(cases, options.runs, measure))
-            if out is not None:  # after each suite: what has been measured is not lost with what fails later
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+                found = suite.rows(interleaved(cases, options.runs, measure))
+            taken += [{**row, "commit": about["commit"]} for row in found]
+            rows = [*(row for row in others if row["suite"] != name), *taken]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            # after each suite: what has been measured is not lost with what fails later
+            out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+    print(table({"machine": about, "rows": rows}))
     return 0
+
+
+def _others(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are there, to stay beside those of one suite; they must be of the same machine."""
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    same = ("device", "processor", "accelerator", "cores", "torch", "qat_compat")
+    if any(results["machine"][name] != about[name] for name in same):
+        raise SystemExit(f"{path} is of another machine or version: pass --out, or run all suites")
+    rows: list[dict[str, Any]] = results["rows"]
+    return rows
 
 
 if __name__ == "__main__":

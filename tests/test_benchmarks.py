@@ -40,6 +40,21 @@ def test_every_suite_has_rows_and_says_where(results: dict) -> None:
     assert all(row["min_s"] > 0 and row["runs"] == 1 for row in results["rows"])
 
 
+def test_one_suite_goes_beside_the_others_of_the_same_machine(file: Path, results: dict) -> None:
+    own = file.with_name("again.json")
+    own.write_text(json.dumps({**results, "rows": [{**row, "commit": "before"} for row in results["rows"]]}))
+    arguments = ["--tiny", "--runs", "1", "--only", "planning", "--out", str(own)]
+    assert suite.main(arguments) == 0
+    again = json.loads(own.read_text())
+    assert {row["commit"] for row in again["rows"] if row["suite"] != "planning"} == {"before"}
+    assert "before" not in {row["commit"] for row in again["rows"] if row["suite"] == "planning"}
+    assert len(again["rows"]) == len(results["rows"])
+    assert f"(before, {again['machine']['commit']})" in suite.table(again)
+    own.write_text(json.dumps({**again, "machine": {**again["machine"], "processor": "another"}}))
+    with pytest.raises(SystemExit, match="another machine"):
+        suite.main(arguments)
+
+
 def test_ratios_are_to_a_baseline_of_the_same_run(results: dict) -> None:
     rows = [row for row in results["rows"] if "baseline" in row]
     assert rows

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="where the JSON goes (default results/DEVICE.json beside this; with --only, the rows of that suite alone, if"
-        " those of the others are of this machine)",
+        help="where the JSON goes (default results/DEVICE.json beside this); with --only, the rows of that suite alone,"
+        " beside those of the others of the same machine",
     )
     parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -24,6 +25,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has only the thread that forked
 
 
+def _getcpu() -> Callable[[], int] | None:
+    """The C library's `sched_getcpu`, where there is one and a thread can choose its processors (Linux)."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    found: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None)
+    return found
+
+
+_processor = _getcpu() or (lambda: -1)
+
+
+def _leave(processor: int) -> None:
+    """Have the calling thread run on another processor than that one, if it may.
+
+    A scheduler can leave a thread for a tenth of a second where it was made, beside the one that made it, while another
+    processor has nothing to do: that of Linux does in some virtual machines. A load is over by then.
+    """
+    if processor < 0 or _processor() != processor:
+        return
+    allowed = os.sched_getaffinity(0)
+    if others := allowed - {processor}:
+        with suppress(OSError):
+            os.sched_setaffinity(0, others)  # moves it
+            os.sched_setaffinity(0, allowed)
+
+
 def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) -> None:
     """Run tasks in their order, several at a time; the first error stops those that have not begun and is raised.
 
@@ -43,14 +70,20 @@ def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) ->
         return
     stop = threading.Event()
     lock = threading.Lock()
+    callers = _processor()
 
-    def work() -> None:
+    def work(helps: bool = True) -> None:
+        nonlocal callers
         try:
             while not stop.is_set():
                 with lock:
                     task = next(queue, None)
                 if task is None:
                     return
+                if helps:
+                    _leave(callers)
+                else:
+                    callers = _processor()
                 task()
         except BaseException:
             stop.set()
@@ -61,7 +94,7 @@ def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) ->
         with suppress(RuntimeError):  # the interpreter is shutting down: there is the calling thread
             for _ in range(threads - 1):
                 helping.append(_helpers().submit(work))
-        work()
+        work(helps=False)
         for helper in helping:
             if not helper.cancel():  # one that has not begun, behind the work of another caller, is not waited for
                 helper.result()

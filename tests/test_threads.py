@@ -136,3 +136,39 @@ def test_there_are_threads_where_there_were_none(where: str) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout.split()) == (0, ["9", "9"]), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a thread cannot choose its processors here")
+def test_a_helper_leaves_the_processor_of_the_caller_and_may_come_back() -> None:
+    """Where the scheduler puts both on one: a load is over before it looks again."""
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one processor")
+    seen: list[tuple[int, set[int]]] = []
+
+    def together() -> None:
+        here = threads._processor()
+        threads._leave(here)
+        seen.append((threads._processor() - here, os.sched_getaffinity(0)))
+
+    thread = threading.Thread(target=together)
+    thread.start()
+    thread.join()
+    ((moved, afterwards),) = seen
+    assert moved != 0
+    assert afterwards == allowed == os.sched_getaffinity(0)
+    threads._leave(-1)  # where it cannot be told, nothing is done
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a thread cannot choose its processors here")
+def test_with_one_processor_there_is_nowhere_to_go() -> None:
+    def alone() -> None:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        threads._leave(threads._processor())
+        seen.append(os.sched_getaffinity(0))
+
+    seen: list[set[int]] = []
+    thread = threading.Thread(target=alone)
+    thread.start()
+    thread.join()
+    assert len(seen[0]) == 1

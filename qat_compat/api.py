@@ -138,7 +138,8 @@ def load_checkpoint(
         select: Which of several sets of weights in the file.
         float_model: The unprepared model: exact evidence for names that fusion took away.
         rename: Ordered (regex, replacement) pairs over source keys.
-        keep: Globs over float entries of the model that may stay as they are.
+        keep: Globs over float entries of the model that may stay as they are. One that names none of them is for
+            quantizers: those that no data reaches, say, would be an error otherwise.
         drop: Globs over source keys to ignore.
         statistic: How activation ranges are chosen: "native", as the model's own quantizers do; "percentile" (99.99 %
             of the values); "mse" or "entropy" (what 256 levels, however many the quantizer has, keep most of).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -34,7 +35,11 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
     mine = draft.target.by_quantizer()
     for quantizer, origin in origins:
         keys = mine.get(quantizer.name, [])
-        if origin is None:
+        if any(fnmatchcase(name, glob) for glob in draft.quantizer_globs for name in (*quantizer.names, *keys)):
+            draft.steps.update({key: Keep(key, "asked for by keep=") for key in keys})
+            if origin is not None:
+                _drop(draft, origin, "the target keeps its own value (keep=)")
+        elif origin is None:
             _synthesize(draft, quantizer, keys, "")
         else:
             _carry(draft, quantizer, keys, origin, foreign)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_compat.casting import cast_loss
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
 from qat_compat.evidence import from_float_model
-from qat_compat.frameworks.base import plain_entry
+from qat_compat.frameworks.base import is_captured, plain_entry
 from qat_compat.join import doubts, join
 from qat_compat.match import match
 from qat_compat.names import is_positional
@@ -98,11 +98,17 @@ def to_float(
         key = layout.names[name]
         return opened.extent(key) if key is not None and specs[name] == opened.spec(key) else None
 
+    def alias(name: str) -> Hashable | None:
+        key = layout.names[name]
+        same = key is not None and weights == "latent" and specs[name] == opened.spec(key)
+        return opened.alias(key) if key is not None and same else None
+
     check_ties(opened, layout.names, layout.ties, fetch, weights)
     result = Checkpoint(
         specs,
         fetch,
         extent=extent,
+        alias=alias,
         name=f"float({opened.checkpoint.name})",
         metadata={name: value for name, value in opened.checkpoint.metadata.items() if name != ENCODINGS},
         notes=(*opened.checkpoint.notes, *layout.notes),
@@ -195,9 +201,11 @@ def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str
         if entry.role is Role.SMOOTHING:
             detail = "the weight is stored as a product with this, which no rounding undoes to the bit"
             problems.append(Problem(ProblemKind.MISMATCHED, key, detail, "pass the checkpoint from before smoothing"))
+    left: list[str] = []
     for key in schema.float_keys():
         entry = schema[key]
         if entry.optional:
+            left += [] if is_captured(key) else [key]
             continue
         parent, leaf = split_path(entry.site)
         site = join_path(found.norms[parent][0], leaf) if parent in found.norms else entry.site
@@ -206,7 +214,13 @@ def float_names(source: Source) -> tuple[dict[str, str], list[Problem], list[str
             problems.append(Problem(ProblemKind.AMBIGUOUS, site, detail, "pass like= (the float model or its keys)"))
         taken[site] = key
         sites[key] = site
-    return sites, problems, found.notes
+    notes = list(found.notes)
+    if left:
+        notes.append(
+            f"left out, as the graph does not tell whether the float model saves them: {', '.join(shorten(left, 6))}"
+            " (like= does)"
+        )
+    return sites, problems, notes
 
 
 def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:

@@ -150,6 +150,7 @@ def _float_entries(draft: Draft, found: Match, ties: Mapping[str, Sequence[str]]
             continue
         _copy_float(draft, key, entry, pair)
     _missing(draft, missing, found)
+    draft.quantizer_globs = kept_globs
     for glob in sorted(kept_globs):
         if not any(_matches([glob], key) for key in target):
             draft.problem(ProblemKind.MISSING, glob, "keep= names nothing in the target", "check its spelling")

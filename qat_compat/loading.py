@@ -115,7 +115,8 @@ def _raise_problems(plan: Plan) -> None:
             " given",
             file=plan.source,
             key=", ".join(shorten(collapse(names), 12)),
-            remedy="pass calibration=batches, or calibration='defer' to leave them to the first training batches",
+            remedy="pass calibration=batches, or calibration='defer' to leave them to the first training batches,"
+            " or keep= the names of those that are to stay as they are",
         )
     raise PlanError(plan.problems, file=plan.source)
 

@@ -234,7 +234,9 @@ def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
         if len(spoken) > 1 and all(claims[path] == 1 for path in spoken):
             # an identity of the model's own stands beside the emptied place; no other norm can be meant by either
             named = [path for path in spoken if skeleton(path) in conventional(group.host)]
-            spoken = tuple(named) if len(named) == 1 else spoken
+            if len(named) == 1:
+                found.notes.append(f"{group.prefix}: {either(spoken)}; taken: {named[0]}, by convention")
+                spoken = tuple(named)
         if len(spoken) == 1:
             found.norms[group.prefix] = (spoken[0], witness)
         elif spoken:

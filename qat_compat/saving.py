@@ -17,6 +17,7 @@ from qat_compat.frameworks import Description
 from qat_compat.schema import Role
 from qat_compat.source import Source, SourceLike, forms_of, hidden_state, open_any
 from qat_compat.storage import Checkpoint, save
+from qat_compat.storage.config import CONFIG
 from qat_compat.text import shorten
 
 __all__ = ["write"]
@@ -35,8 +36,15 @@ def write(obj: SourceLike, path: str | PathLike[str], *, backup: bool) -> Path:
         record: dict[str, Any] = {**about.record, **attributes, **({"extra_state": extra} if extra else {})}
         tensors = {key: about[key] for key in about if key not in extra} if extra else about
         objects = obj.state_dict() if isinstance(obj, nn.Module) else None  # a converted model
+        told = {CONFIG: about.metadata[CONFIG]} if CONFIG in about.metadata else None  # without it keys mean nothing
         return save(
-            tensors, path, versions=about.versions or None, record=record or None, objects=objects, backup=backup
+            tensors,
+            path,
+            versions=about.versions or None,
+            record=record or None,
+            metadata=told,
+            objects=objects,
+            backup=backup,
         )
     hidden = hidden_state(source.description)
     record = {
@@ -56,7 +64,7 @@ def write(obj: SourceLike, path: str | PathLike[str], *, backup: bool) -> Path:
 
 def _refuse_training_state(mapping: Checkpoint, path: str | PathLike[str]) -> None:
     """The optimizer and the rest of a training checkpoint would be gone, and its caller would learn of it too late."""
-    beside = [name for name in mapping.metadata if name != "extra_state"]
+    beside = [name for name in mapping.metadata if name not in ("extra_state", CONFIG)]
     if beside:
         raise SaveError(
             "the mapping holds more than weights, and only weights are saved",

@@ -43,8 +43,8 @@ class Source:
     def _held(self, key: str) -> Tensor:
         if key in self.checkpoint:
             return self.checkpoint[key]
-        others: Mapping[str, Any] = {**extra_state(self.checkpoint), **(self.checkpoint.record.get("hidden") or {})}
-        value: Tensor = others[key]
+        hidden: Mapping[str, Tensor] = self.checkpoint.record.get("hidden") or {}
+        value: Tensor = hidden[key] if key in hidden else extra_state(self.checkpoint)[key]
         return value
 
     def computed(self, key: str, sources: tuple[str, ...], compute: Callable[..., Made]) -> Made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["Reading", "Staged", "stage"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CPU = torch.device("cpu")
+_IN_MEMORY = re.compile(r"(?:float\()*<")  # the name of a source that is no file
 _STREAMED = ("cpu", "cuda")  # devices that a file is read onto; others get copies of the mapping
 
 
@@ -282,7 +284,9 @@ class _Stager:
                 return
             if loss is not None:
                 staged.losses[key] = loss.text
-        if reading.mmap and value.dtype == target.dtype and value.device == device and value.shape == target.shape:
+        in_file = not _IN_MEMORY.match(self.source.checkpoint.name)  # what the caller holds is not to be shared with
+        as_it_is = value.dtype == target.dtype and value.device == device and value.shape == target.shape
+        if reading.mmap and in_file and as_it_is:
             staged.tensors[slot.key] = value.detach()
             if value.is_cpu:
                 self.mapped.append(value)

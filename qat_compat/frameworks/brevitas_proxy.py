@@ -29,11 +29,16 @@ _LEAVES: Mapping[str, Role] = {
     "zero_point_impl.value":          Role.ZERO_POINT,
     "zero_point_impl.learned_value":  Role.ZERO_POINT,
 }  # fmt: skip
+# The norm that a weight is given (weight normalization, accumulator-aware quantization): it is learnt, the layer
+# computes with the weight times it, and Brevitas takes it from the weight when the quantizer is made.
+_NORM = "pre_scaling_impl.value"
 _COLLECT_ALL = sys.maxsize - 1  # what `calibration_mode` sets `collect_stats_steps` to
 
 
 def role_of(leaf: str) -> Role:
     """What a tensor of a proxy's state is, by its key or by its name in the proxy."""
+    if "pre_scaling_impl." in leaf:
+        return Role.SMOOTHING if leaf.endswith(_NORM) else Role.CONSTANT
     return _LEAVES.get(".".join(leaf.rsplit(".", 2)[-2:]), Role.CONSTANT)
 
 
@@ -156,7 +161,11 @@ class Proxy(Quantizer):
             if not bool(torch.isfinite(value).all()):
                 raise QParamError("the weight holds NaN or inf", key=self.name, expected="finite values")
             owner: Any = self.module
-            owner.tensor_quant(value)  # the first forward, which sets the value
+            held, owner.disable_quant = owner.disable_quant, False  # some search for the value by quantizing with it
+            try:
+                owner.tensor_quant(value)  # the first forward, which sets the value
+            finally:
+                owner.disable_quant = held
         for part in self._collectors.values():
             (part.init_scale if hasattr(part, "init_scale") else part.init_zp)()
 
@@ -212,7 +221,7 @@ class Proxy(Quantizer):
         threshold = held.get(Role.AMAX, "")
         integer: Any = next((part for part in self.module.modules() if type(part).__name__ == "IntQuant"), None)
         owner: Any = self.module
-        if integer is None or not threshold.endswith("scaling_impl.value"):
+        if integer is None or not threshold.endswith("scaling_impl.value") or self._has_norm():
             return None
         bits = int(
             owner.get_submodule(threshold.removesuffix("scaling_impl.value").rstrip(".")).msb_clamp_bit_width_impl()
@@ -221,6 +230,9 @@ class Proxy(Quantizer):
         if Role.ZERO_POINT in held:
             return Form("brevitas.shifted", grid, {"value": threshold, "zero_point": held[Role.ZERO_POINT]})
         return Form(self._scaling(), grid, {"value": threshold})
+
+    def _has_norm(self) -> bool:
+        return any(leaf.endswith(_NORM) for leaf in self.leaves)
 
     def _scaling(self) -> str:
         parts = {type(part).__name__ for part in self.module.modules()}
@@ -235,7 +247,7 @@ class Proxy(Quantizer):
 
     def drift(self) -> float | None:
         leaf = next((leaf for leaf in self.leaves if role_of(leaf) is Role.AMAX), None)
-        if not self._is_weight or leaf is None or not self.has_value(leaf):
+        if not self._is_weight or leaf is None or not self.has_value(leaf) or self._has_norm():
             return None
         with torch.no_grad():
             value = self._tensor(leaf)

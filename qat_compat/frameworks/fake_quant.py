@@ -308,15 +308,17 @@ class FakeQuant(Quantizer):
         if not untouched and len(ends) == 2 and ends[0].shape == ends[1].shape and bool((ends[0] > ends[1]).any()):
             yield Problem(ProblemKind.INVALID, self.name, "its min_val is larger than its max_val", remedy)
             return
-        bad = int((~torch.isfinite(scale) | (scale <= 0)).sum())
+        learns = hasattr(self.module, "learning_enabled")  # what has left its bounds is clamped in the next forward
+        bad = int((~torch.isfinite(scale) | ((scale <= 0) & (not learns))).sum())
         if bad:
             yield Problem(
                 ProblemKind.INVALID, key, f"{bad} of {scale.numel()} scales are not finite and positive", remedy
             )
         qmin, qmax = getattr(self.observer, "quant_min", None), getattr(self.observer, "quant_max", None)
-        whole = not zero_point.is_floating_point() or hasattr(self.module, "learning_enabled")
-        if whole and qmin is not None and qmax is not None:
-            outside = int(((zero_point < qmin) | (zero_point > qmax) | (zero_point != zero_point)).sum())
+        if learns and not bool(torch.isfinite(zero_point).all()):
+            yield Problem(ProblemKind.INVALID, f"{self.name}.zero_point", "it is not finite", remedy)
+        if not learns and not zero_point.is_floating_point() and qmin is not None and qmax is not None:
+            outside = int(((zero_point < qmin) | (zero_point > qmax)).sum())
             if outside:
                 yield Problem(
                     ProblemKind.INVALID,
@@ -333,6 +335,12 @@ class FakeQuant(Quantizer):
         return has_base(self.observer, "HistogramObserver")  # it skips inf, and `histc` stops at NaN
 
     def findings(self) -> Iterable[str]:
+        if hasattr(self.module, "learning_enabled") and isinstance(self.module.scale, Tensor):
+            scale, zero_point = self.module.scale, self.module.zero_point
+            observer: Any = self.observer
+            low, high = observer.quant_min, observer.quant_max
+            if bool((scale <= 0).any() | (zero_point < low).any() | (zero_point > high).any()):
+                yield f"{self.name}: what was learnt has left its bounds; the next forward clamps it"
         ranges = self.ranges()
         if len(ranges) != 2 or self._untouched():
             return

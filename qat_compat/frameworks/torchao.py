@@ -197,7 +197,9 @@ class IntxQuantizer(Quantizer):
         if self._is_weight:  # one number per row or group, in whatever shape another framework has them
             precision = getattr(module.config, f"{leaf}_precision")
             value = value.reshape(len(_weight_of(self._host)), -1).to(precision)
-        setattr(module, leaf, nn.Parameter(value) if self.learns and value.is_floating_point() else value)
+        constant = leaf == "zero_point" and module.config.is_symmetric
+        learnt = self.learns and value.is_floating_point() and not constant
+        setattr(module, leaf, nn.Parameter(value) if learnt else value)
         if leaf == "scale" and module.zero_point is None:
             module.zero_point = torch.zeros_like(value, dtype=module.config.zero_point_precision)
 

@@ -44,8 +44,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], *, backup: b
         mode = _mode_of(target)
         temporary = target.with_name(f".qat_compat-{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
-            # The mode is subject to the umask, as for any new file.
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            # Nobody may read what is to replace a private file; a new one is subject to the umask, as any is.
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags, 0o666 if mode is None else mode & 0o666)
             with os.fdopen(descriptor, "w+b", buffering=_BUFFER) as stream:
                 write(stream)
                 stream.flush()

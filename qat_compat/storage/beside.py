@@ -9,7 +9,7 @@ from typing import Any
 from qat_compat.errors import CheckpointError
 from qat_compat.storage.mapped import MappedFile
 
-__all__ = ["json_beside", "leads_outside"]
+__all__ = ["is_there", "json_beside", "leads_outside"]
 
 
 def json_beside(path: Path, limit: int) -> tuple[Any, str]:
@@ -27,13 +27,21 @@ def json_beside(path: Path, limit: int) -> tuple[Any, str]:
         path: The file.
         limit: Most bytes that it may have.
     """
-    if not path.exists():
+    if not is_there(path):
         return None, ""
     try:
         return _read(path, limit), ""
     except (CheckpointError, ValueError, RecursionError) as error:
         reason = error.message if isinstance(error, CheckpointError) else f"it is not valid JSON ({error})"
         return None, f"{path.name} beside the weights is passed over: {reason}"
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is there, as far as one can see."""
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that may not be looked into
+        return False
 
 
 def _read(path: Path, limit: int) -> Any:

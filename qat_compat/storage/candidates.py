@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,6 +95,10 @@ def _add(key: str, value: object, weights: Weights) -> None:
         weights.tensors[key] = value
         return
     value = undistributed(key, value)
+    if isinstance(value, NumpyArray):
+        value = value.array
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "biufc":
+        value = torch.from_numpy(np.atleast_1d(value).copy()).reshape(())  # beside other weights it is one, too
     if isinstance(value, torch.Tensor) and (value.layout is not torch.strided or value.is_nested):
         raise _not_dense(key, value)
     if (inner := inner_tensors(key, value)) is not None:
@@ -142,8 +147,10 @@ def _tensor(value: object) -> LazyTensor | None:
     if isinstance(value, NumpyArray):
         value = value.array
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" and value.ndim:
-        native = value.astype(value.dtype.newbyteorder("="), copy=not value.flags.writeable)
-        return HeldTensor(torch.from_numpy(native))
+        odd = any(step < 0 or step % value.itemsize for step in value.strides)
+        native = value.astype(value.dtype.newbyteorder("="), copy=odd or not value.flags.writeable)
+        with suppress(TypeError):  # of a dtype that torch has not, as numpy's longdouble
+            return HeldTensor(torch.from_numpy(native))
     return None
 
 

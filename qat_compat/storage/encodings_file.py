@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qat_compat.storage.beside import json_beside
+from qat_compat.storage.beside import is_there, json_beside
 
 __all__ = ["ENCODINGS", "encodings_beside"]
 
@@ -31,9 +31,11 @@ def encodings_beside(path: Path) -> tuple[dict[str, Any], str]:
         ...     encodings_beside(Path(folder) / "net.pth")
         ({'file': 'net_torch.encodings', 'version': '0.6.1', 'param_encodings': {}}, '')
     """
+    if path.is_dir():
+        return {}, ""
     for ending in _ENDINGS:
         beside = path.with_name(path.stem + ending)
-        if path.is_dir() or not beside.exists():
+        if not is_there(beside):
             continue
         found, note = json_beside(beside, _MAX_SIZE)
         if note:

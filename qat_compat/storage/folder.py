@@ -30,16 +30,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         SaveError: There is something at `path` already, or the operating system refused.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise SaveError(
-            "the destination is taken",
-            file=path,
-            expected="the name of a new folder, or of an empty one",
-            found="a folder with files" if path.is_dir() else "a file",
-            remedy="choose another name, or remove what is there",
-        )
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - `.` has no name, and a link stays one
     temporary = path.with_name(f".qat_compat-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise SaveError(
+                "the destination is taken",
+                file=path,
+                expected="the name of a new folder, or of an empty one",
+                found="a folder with files" if path.is_dir() else "a file",
+                remedy="choose another name, or remove what is there",
+            )
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
@@ -47,12 +48,12 @@ def new_folder(path: Path) -> Iterator[Path]:
                 os.fsync(stream.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SaveError(
             "the folder could not be written",
             file=path,
             expected="a folder above it that exists, may be written to and has space",
-            found=f"[errno {error.errno}] {error.strerror}",
+            found=f"[errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error,
             remedy="free space or choose another place",
         ) from error
     finally:

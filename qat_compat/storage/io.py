@@ -80,6 +80,10 @@ def open_source(
     except CompatError as error:
         error.file = error.file or str(path)
         raise
+    except OSError as error:
+        raise CheckpointError(
+            "the path cannot be looked at", file=path, found=error, remedy="check the path and its permissions"
+        ) from error
 
 
 def save(

@@ -153,18 +153,24 @@ def state_beside(tree: object, found: Found) -> dict[str, Any]:
     if not found.path or not isinstance(tree, Mapping):
         return {}
     rest = dict(tree)
+    copies: dict[int, dict[Any, Any]] = {}
     for path in found.taken:
-        _remove(rest, _keys_to(tree, path))
+        _remove(rest, _keys_to(tree, path), copies)
     return {str(key): value for key, value in rest.items()}
 
 
-def _remove(tree: dict[Any, Any], keys: tuple[str, ...]) -> None:
-    """Take an entry out of nested mappings, and with it the mappings that then hold nothing; the originals stay."""
+def _remove(tree: dict[Any, Any], keys: tuple[str, ...], copies: dict[int, dict[Any, Any]]) -> None:
+    """Take an entry out of nested mappings, and with it the mappings that then hold nothing; the originals stay.
+
+    Each of them is copied once; `copies` has those by their identity.
+    """
     first, *others = keys
-    if others and isinstance(tree.get(first), Mapping):
-        below = dict(tree[first])
-        _remove(below, tuple(others))
-        tree[first] = below
+    below = tree.get(first)
+    if others and isinstance(below, Mapping):
+        if id(below) not in copies:
+            tree[first] = below = dict(below)
+            copies[id(below)] = below
+        _remove(copies[id(below)], tuple(others), copies)
         if below:
             return
     tree.pop(first, None)

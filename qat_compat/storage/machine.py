@@ -7,10 +7,15 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from qat_compat.errors import LimitError
 from qat_compat.storage.rebuild import build, check_key, construct, find_global
-from qat_compat.storage.standins import Opaque
+from qat_compat.storage.standins import NumpyArray, Opaque
 
 __all__ = ["EndOfPickle", "Machine"]
+
+_SPARE = 64 << 20  # bytes
+_FOLD = 8
+_POINTER = 8
 
 
 class Machine:
@@ -33,6 +38,7 @@ class Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.marks: list[int] = []
+        self.credit = _SPARE + _FOLD * (end - start)  # bytes that calls may still make
 
     # Bytes of the pickle
 
@@ -109,7 +115,7 @@ class Machine:
         function = self.pop()
         if not isinstance(arguments, tuple):
             raise TypeError(f"arguments in a {type(arguments).__name__}")
-        self.push(construct(function, arguments))
+        self.push(self._made(function, arguments))
 
     def new_object(self, keywords: bool = False) -> None:
         extra = self.pop() if keywords else {}
@@ -117,13 +123,33 @@ class Machine:
         cls = self.pop()
         if not isinstance(arguments, tuple) or not isinstance(extra, dict):
             raise TypeError("malformed arguments of a class")
-        made = construct(cls, arguments)
+        made = self._made(cls, arguments)
         if extra and isinstance(made, Opaque):
             made.entries.update(extra)
         self.push(made)
 
     def instance(self, cls: object, arguments: list[Any]) -> None:
-        self.push(construct(cls, tuple(arguments)))
+        self.push(self._made(cls, tuple(arguments)))
+
+    def _made(self, function: object, arguments: tuple[Any, ...]) -> object:
+        """What a call makes; what all calls make together is no more than the size of the pickle can justify.
+
+        A few bytes of it can call a function many times on one large value that stands there once.
+        """
+        made = construct(function, arguments)
+        if isinstance(made, (bytes, bytearray, str)):
+            self.credit -= len(made)
+        elif isinstance(made, (list, tuple, set, frozenset, dict)):
+            self.credit -= _POINTER * len(made)
+        elif isinstance(made, NumpyArray) and made.array is not None:
+            self.credit -= made.array.nbytes
+        if self.credit < 0:
+            raise LimitError(
+                "the pickle makes far more than it holds",
+                expected=f"at most {_SPARE >> 20} MiB and {_FOLD} times its size",
+                remedy="this is no trainer's file; do not use it",
+            )
+        return made
 
     def build(self) -> None:
         state = self.pop()

@@ -48,7 +48,6 @@ class MappedFile:
         self._state = os.fstat(self._fd)
         self.size = self._state.st_size
         self._check_kind()
-        self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
         return self.size
@@ -56,7 +55,11 @@ class MappedFile:
     def read(self, start: int, length: int) -> bytes:
         """A copy of `length` bytes."""
         self._check_range(start, length)
-        return self._map[start : start + length]
+        if not hasattr(os, "preadv"):
+            return self._map[start : start + length]
+        found = bytearray(length)
+        self.read_into(start, [memoryview(found)])
+        return bytes(found)
 
     def view(self, start: int, length: int) -> memoryview:
         """`length` bytes, not copied."""
@@ -71,8 +74,19 @@ class MappedFile:
         return torch.frombuffer(self._private, dtype=torch.uint8, count=length, offset=start)
 
     @cached_property
+    def _map(self) -> mmap.mmap:
+        return self._mapped(mmap.ACCESS_READ)
+
+    @cached_property
     def _private(self) -> mmap.mmap:
-        return mmap.mmap(self._fd, self.size, access=mmap.ACCESS_COPY)
+        return self._mapped(mmap.ACCESS_COPY)
+
+    def _mapped(self, access: int) -> mmap.mmap:
+        """The file in the address space, for which the system keeps one more descriptor."""
+        try:
+            return mmap.mmap(self._fd, self.size, access=access)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
     def read_into(self, start: int, buffers: Sequence[memoryview]) -> None:
         """Fill buffers one after the other with the bytes from `start` on, without the mapping; for several threads."""
@@ -164,6 +178,8 @@ def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:
     code = error.errno if isinstance(error, OSError) else None
     message = "no such file" if code in (errno.ENOENT, errno.ENOTDIR) else "the file cannot be opened"
     remedy = "check the path" if code in (errno.ENOENT, errno.ENOTDIR) else "check the path and its permissions"
+    if code in (errno.EMFILE, errno.ENFILE):
+        remedy = "allow this process to have more files open at a time (`ulimit -n`)"
     return CheckpointError(message, file=path, found=error, remedy=remedy)
 
 

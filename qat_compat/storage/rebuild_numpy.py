@@ -39,6 +39,8 @@ def make_array(data: Any, dtype: NumpyDtype, shape: Any, order: str) -> np.ndarr
 
 
 def numpy_from_buffer(data: Any, dtype: NumpyDtype, shape: Any, order: str, *_: Any) -> NumpyArray:
+    if not isinstance(data, (bytes, bytearray, memoryview)):  # `bytes(2**40)` would be that many zeros
+        raise TypeError(f"the bytes of a numpy array in a {type(data).__name__}")
     made = NumpyArray()
     made.array = make_array(bytes(data), dtype, shape, order)
     return made

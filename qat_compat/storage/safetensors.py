@@ -39,6 +39,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # the header with an empty digest in it.
 _SUMS, _DIGEST, _VERSIONS, _STATE = f"{OWN}.crc32", f"{OWN}.digest", f"{OWN}.versions", f"{OWN}.metadata"
 _HIDDEN = f"{OWN}.hidden/"
+_DCP_PARTS = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's: where each tensor begins in the whole one
 
 
 def _matches(source: Source) -> bool:
@@ -47,10 +48,27 @@ def _matches(source: Source) -> bool:
     return int.from_bytes(source.head[:8], "little") < 1 << 40  # else it is text that happens to have a brace there
 
 
+def _refuse_part(file: MappedFile, text: str) -> None:
+    """One rank's shard has parts of tensors under the names, and in the shapes, of whole ones."""
+    told = _decoded(text)
+    parts = told.values() if isinstance(told, dict) else ()
+    offsets = [part.get("saved_offsets") for part in parts if isinstance(part, dict)]
+    if file.path.name.startswith("shard-") or any(any(found) for found in offsets if isinstance(found, list)):
+        raise CheckpointError(
+            "the file is one rank's shard of a distributed checkpoint: its tensors may be parts of whole ones",
+            file=file.path,
+            expected="whole tensors",
+            found=_DCP_PARTS,
+            remedy="join the shards with torch.distributed.checkpoint's consolidate_safetensors_files, and pass that",
+        )
+
+
 def _open(source: Source) -> Opened:
     file = source.file
     header, start = _header(file)
     about = _metadata(file, header.pop("__metadata__", {}))
+    if _DCP_PARTS in about:
+        _refuse_part(file, about[_DCP_PARTS])
     sums = _own_json(file, about, _SUMS) if _SUMS in about else {}
     if _DIGEST in about:
         _check_digest(file, {"__metadata__": about, **header})
@@ -294,6 +312,13 @@ def write(stream: BinaryIO, contents: Contents) -> None:
     # Large elements first: then every tensor is aligned, though the format has no padding between them.
     order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header = _make_header(contents, specs, order)
+    if (length := len(_encoded(header))) > _MAX_HEADER:
+        raise SaveError(
+            "what is beside the tensors is too long for a safetensors file",
+            expected=f"a header of at most {_MAX_HEADER} bytes",
+            found=f"{length} bytes",
+            remedy="save as .pt",
+        )
     stream.write(_encoded(header))
     sums: dict[str, str] = {}
     for name in order:

@@ -36,7 +36,11 @@ def _open(source: Source) -> Opened:
     indexes = _indexes(source.path)
     # A folder may hold the same weights twice, as safetensors and as pickles; the index of the former comes first.
     if indexes and not (source.path / _SINGLE[0]).is_file():
-        return _open_index(indexes[0], source.verify)
+        opened = _open_index(indexes[0], source.verify)
+        if len(indexes) > 1:
+            also = ", ".join(path.name for path in indexes[1:])
+            opened.notes = (*opened.notes, f"the index is {indexes[0].name}; also there: {also}")
+        return opened
     single = next((source.path / name for name in _SINGLE if (source.path / name).is_file()), None)
     return _open_shard(single, source.verify) if single else _open_index(indexes[0], source.verify)
 
@@ -45,7 +49,14 @@ CONTAINER = Container("sharded checkpoint", _matches, _open)
 
 
 def _indexes(folder: Path) -> list[Path]:
-    return [path for pattern in _SUFFIXES for path in sorted(folder.glob(pattern))]
+    """Those that `from_pretrained` looks for go first: beside `model` may lie `consolidated`, under names of its
+    author's own."""
+    known = [name.partition(".")[0] for name in _SINGLE]
+
+    def rank(path: Path) -> tuple[bool, str]:
+        return path.name.partition(".")[0] not in known, path.name
+
+    return [path for pattern in _SUFFIXES for path in sorted(folder.glob(pattern), key=rank)]
 
 
 def _open_index(path: Path, verify: bool | None) -> Opened:

@@ -22,7 +22,10 @@ __all__ = ["unpickle"]
 _MAX_STEPS = 50_000_000
 _FRESH_COPY = "the file is corrupt or cut short; get a fresh copy"
 # What operations on malformed operands raise; all of them mean the same here.
-_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, UnicodeError, ValueError, struct.error)
+_MALFORMED = (
+    *(AttributeError, IndexError, KeyError, MemoryError, OverflowError),
+    *(TypeError, UnicodeError, ValueError, struct.error),
+)
 
 
 def unpickle(

@@ -203,8 +203,25 @@ def test_quantizers_that_never_run_are_listed_with_two_ways_out() -> None:
         "12 quantizers never ran on the calibration data\n"
         "  key:      unused.{0...11}.activation_post_process\n"
         "  expected: every quantizer sees at least one tensor\n"
-        "  remedy:   add batches that reach them, or leave them to training with calibration='defer'"
+        "  remedy:   add batches that reach them, or leave all of them to training with calibration='defer',"
+        " or these as they are with keep='unused.0.activation_post_process*'"
     )
+
+
+def test_quantizers_that_no_data_reaches_can_be_kept_by_name() -> None:
+    """A glob that names no float entry is for quantizers; one that does is not, since what is kept is quantized too."""
+    model, state = _two_ways(), TwoWays().state_dict()
+    before = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("unused")}
+    data = [torch.ones(2, 4)]
+    with untouched(model), pytest.raises(qc.CalibrationError, match="never ran"):
+        qc.load_checkpoint(model, state, calibration=data, keep="unused.*")
+    report = qc.load_checkpoint(model, state, calibration=data, keep="unused.*.activation_post_process*")
+    assert report.provenance("unused.3.activation_post_process.scale") == "keep: asked for by keep="
+    for key, value in model.state_dict().items():
+        if "unused" in key and "activation_post_process.scale" in key and "weight" not in key:
+            assert torch.equal(value, before[key])
+    assert report.provenance("unused.3.weight").startswith("copy")
+    assert model.used.activation_post_process.scale != 1
 
 
 def test_uncalibrated_quantizers_are_all_named_and_collapsed() -> None:
@@ -215,7 +232,8 @@ def test_uncalibrated_quantizers_are_all_named_and_collapsed() -> None:
     assert text[0] == "no range for 13 activation quantizers: the source does not hold one and no data was given"
     assert text[2:] == [
         "  key:      unused.{0...11}.activation_post_process, used.activation_post_process",
-        "  remedy:   pass calibration=batches, or calibration='defer' to leave them to the first training batches",
+        "  remedy:   pass calibration=batches, or calibration='defer' to leave them to the first training batches,"
+        " or keep= the names of those that are to stay as they are",
     ]
 
 

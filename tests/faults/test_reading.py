@@ -183,6 +183,23 @@ def test_small_files_that_claim_much(tmp_path: Path, name: str) -> None:
         tracemalloc.stop()
 
 
+def test_calls_that_copy_one_large_value_over_and_over(tmp_path: Path) -> None:
+    """A few kilobytes on the disk, gigabytes in memory: what calls make is counted while they make it."""
+    text = b"x" * (1 << 20)
+    large = b"X" + len(text).to_bytes(4, "little") + text + b"q\0"
+    encode = b"c_codecs\nencode\nq\1"
+    body = b"\x80\x02" + large + b"0" + encode + b"0](" + b"h\1h\0X\6\0\0\0latin1\x86R" * 2000 + b"e."
+    path = archive(tmp_path / "a.pt", body)
+    with pytest.raises(LimitError, match="far more than it holds"):
+        open_source(path)
+    zeros = b"cnumpy.core.numeric\n_frombuffer\n"
+    size = b"\x8a\x05\0\0\0\0\x20"  # 2**37 as a LONG1
+    dtype = b"cnumpy\ndtype\nX\2\0\0\0u1\x85R"
+    call = b"\x80\x02}X\1\0\0\0w" + zeros + b"(" + size + dtype + size + b"\x85X\1\0\0\0CtRs."
+    with pytest.raises(CheckpointError, match="malformed"):
+        open_source(archive(tmp_path / "b.pt", call))
+
+
 def test_a_compressed_record_of_a_gigabyte(tmp_path: Path) -> None:
     path = tmp_path / "f.pt"
     data = b"\x80\x02}X\x01\0\0\0w" + _tensor(b"J\0\0\0\x10\x85", b"K\x01\x85", count=b"J\0\0\0\x10") + b"s."

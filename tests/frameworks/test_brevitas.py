@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,62 @@ def test_twin_of_a_model_that_was_never_calibrated(config: str) -> None:
     twin = native(own, float_state(), batches())
     assert_same_state(target, twin)
     assert_same_output(target, twin, batches())
+
+
+SEARCHED = [name for name in dir(bq) if "Weight" in name and name.endswith(("MSE", "HQO"))]
+ONE_LAYER = {"fc.weight": torch.randn(8, 64, generator=torch.Generator().manual_seed(3)), "fc.bias": torch.zeros(8)}
+
+
+def _layer(weight: str, **more: Any) -> nn.Module:
+    return nn.Sequential(OrderedDict(fc=qnn.QuantLinear(64, 8, weight_quant=getattr(bq, weight), **more))).train()
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["alone", "with data"])
+@pytest.mark.parametrize("weight", SEARCHED)
+def test_thresholds_that_are_searched_for_are_those_that_brevitas_finds(weight: str, calibrated: bool) -> None:
+    """It searches by quantizing with each candidate, which a quantizer that is held would not do."""
+    try:
+        native, target = _layer(weight), _layer(weight)
+    except Exception as error:  # of Brevitas itself, for some names that are parts of others
+        pytest.skip(f"Brevitas cannot make it: {error}")
+    data = torch.randn(4, 64, generator=torch.Generator().manual_seed(4))
+    native.load_state_dict(ONE_LAYER, strict=False)
+    with torch.no_grad():
+        native(data)
+    qc.load_checkpoint(target, ONE_LAYER, **({"calibration": [data]} if calibrated else {}))
+    with torch.no_grad():
+        assert torch.equal(target.eval()(data), native.eval()(data))
+    assert_same_state(target, native)
+
+
+@pytest.mark.parametrize(
+    ("weight", "more"),
+    [
+        ("Int8WeightNormL2PerChannelFixedPoint", {}),
+        ("Int8AccumulatorAwareWeightQuant", {"input_quant": bq.Int8ActPerTensorFloat}),
+    ],
+)
+def test_a_norm_that_is_learnt_is_part_of_the_weight(weight: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """What resumes is the same; what would be another weight, in either direction, is refused."""
+    torch.manual_seed(0)
+    model, data = _layer(weight, **more), torch.randn(4, 64)
+    if more:
+        with calibrate.calibration_mode(model):
+            model(data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(data).square().mean().backward()
+        optimizer.step()
+    for source in (model.state_dict(), qc.save_checkpoint(model, tmp_path / "own.pt")):
+        again = _layer(weight, **more)
+        assert qc.load_checkpoint(again, source).synthesized == 0
+        assert_same_state(again, model)
+    with pytest.raises(qc.PlanError, match="stored as a product"):
+        qc.to_float(model)
+    target = _layer(weight, **more)
+    with untouched(target), pytest.raises(qc.PlanError, match="weights are made for it"):
+        qc.load_checkpoint(target, ONE_LAYER, calibration=[data])
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -210,3 +210,19 @@ def test_an_error_leaves_no_parameter_behind(flow: str) -> None:
         qc.load_checkpoint(model, {**source, bad: torch.full_like(source[bad], torch.nan)})
     assert list(model.state_dict()) == keys
     assert_same_state(model.state_dict(), values)
+
+
+@flows
+def test_what_was_learnt_may_be_past_its_bounds(flow: str) -> None:
+    """After a ReLU a zero point begins at the smallest integer, and any step may take it below; torch clamps it."""
+    model = copy.deepcopy(trained(flow))
+    quantizers: list[Any] = [module for module in model.modules() if hasattr(module, "learning_enabled")]
+    for quantizer in quantizers:
+        quantizer.zero_point.data.fill_(-1.25e-3 if quantizer.quant_min == 0 else -128.5)
+    fresh = learning(FLOWS[flow])(scramble(make()))
+    report = qc.load_checkpoint(fresh, model.state_dict())
+    assert_same_state(fresh, model)
+    assert any("has left its bounds" in text for text in report.warnings)
+    quantizers[0].scale.data.fill_(torch.nan)
+    with pytest.raises(qc.QParamError, match="not finite"):
+        qc.load_checkpoint(fresh, model.state_dict())

@@ -180,6 +180,18 @@ def test_static_state_is_hidden_and_saved_all_the_same(tmp_path: Path) -> None:
     assert_same_state(other, model)
 
 
+def test_a_constant_zero_point_is_not_learnt_after_a_resume(tmp_path: Path) -> None:
+    """torchao keeps it beside a scale that it learns; our file holds it, and it stays what it is."""
+    arch = ARCHS["transformer"]
+    model, again = (prepared("torchao-learned", "transformer") for _ in range(2))
+    qc.load_checkpoint(model, arch.state(), calibration=arch.batches())
+    qc.load_checkpoint(again, qc.save_checkpoint(model, tmp_path / "own.pt"))
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
+    model.load_state_dict(again.state_dict(), strict=True)
+    assert_same_state(again, model)
+
+
 def test_fixed_quantizers_are_fixed_by_definition() -> None:
     arch, model = ARCHS["fixed"], prepared("eager-qnnpack", "fixed")
     fixed = [q for q in describe_model(model).quantizers if q.needs is Needs.DEFINITION]

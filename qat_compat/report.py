@@ -236,9 +236,9 @@ def write_page(plan: Plan, path: str | PathLike[str], *, report: Report | None =
     destination = Path(path)
     try:
         destination.write_text(_page(plan, report), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SaveError(
-            "the page cannot be written", file=destination, found=error.strerror, remedy="choose another path"
+            "the page cannot be written", file=destination, found=error, remedy="choose another path"
         ) from error
     return destination
 

@@ -216,5 +216,15 @@ def _reader(weights: Weights, name: str) -> Callable[[str], Tensor]:
         except CompatError as error:
             error.file, error.key = error.file or name, error.key or key
             raise
+        except (
+            ArithmeticError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # scales that are words, say
+            raise CheckpointError(
+                "the tensor cannot be read", file=name, key=key, found=f"{type(error).__name__}: {error}"
+            ) from error
 
     return read

@@ -8,6 +8,7 @@ real forward.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ _MOST_CONDITIONS = 256  # a loop on a traced value would otherwise never end
 _MOST_VALUES = 20_000  # nor a loop in a loop, each over a number of the data
 # What a number that depends on the data is taken to be, by what a condition is: a small and a large size of anything.
 _NUMBERS = {True: 1024, False: 1}
+
+_TRACING = threading.Lock()
 
 Passes = Callable[[nn.Module], bool]
 
@@ -42,6 +45,19 @@ class _LeafTracer(torch.fx.Tracer):
         self._leaves = leaves
         self._branch = branch
         self._conditions = self._values = 0
+        self._thread = threading.get_ident()
+
+    # torch.fx puts its own `__call__` and `__getattr__` into `nn.Module` while it traces, for every thread
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, torch.fx.Proxy]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) in self._leaves or super().is_leaf_module(m, module_qualified_name)
@@ -84,7 +100,8 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
     for branch in (None, True, False):
         attributes = [(module, dict(module.__dict__)) for module in root.modules()]
         try:
-            with preserved_random_state():
+            # two traces at once would each give `nn.Module` back what the other had put there
+            with _TRACING, preserved_random_state():
                 found.append(_LeafTracer(leaves, branch).trace(root))
         except Exception:  # tracing runs the user's forward with proxies: any error at all means "cannot be traced"
             continue

@@ -119,12 +119,13 @@ def test_an_observer_that_is_off_learns_nothing_from_training() -> None:
 
 
 def test_loads_in_several_threads_leave_the_warnings_of_the_process_as_they_are() -> None:
-    models = [prepared("eager-x86", "plain") for _ in range(8)]
-    before = list(warnings.filters)
+    models, state, batches = [prepared("eager-x86", "plain") for _ in range(8)], ARCH.state(), ARCH.batches()
+    before, call = list(warnings.filters), nn.Module.__call__
     with ThreadPoolExecutor(4) as pool:
-        loads = pool.map(lambda model: qc.load_checkpoint(model, ARCH.state(), calibration=ARCH.batches()), models)
+        loads = pool.map(lambda model: qc.load_checkpoint(model, state, calibration=batches), models)
         assert all(report.batches == 2 for report in loads)
     assert warnings.filters == before
+    assert nn.Module.__call__ is call
 
 
 def test_a_generator_is_consumed_exactly_once() -> None:

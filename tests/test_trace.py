@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -265,3 +266,25 @@ def test_watching_leaves_no_hook_when_the_forward_raises(error: type[BaseExcepti
 
     with untouched(model), pytest.raises(error):
         watch_followers(run, model, _hosts(model), _norm)
+
+
+def test_a_trace_is_no_matter_of_other_threads() -> None:
+    """torch.fx changes `nn.Module` itself while it traces: a training that goes on beside it must not be traced."""
+    other = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    expected = other(torch.ones(1, 2))
+    seen: list[object] = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            thread = threading.Thread(target=lambda: seen.append(other(torch.ones(1, 2))))
+            thread.start()
+            thread.join()
+            return self.bn(self.conv(x))
+
+    found = followers(Net(), ["conv"], [], lambda module: isinstance(module, nn.BatchNorm2d))
+    assert found == {"conv": ("bn",)}
+    assert len(seen) == 1 and isinstance(seen[0], torch.Tensor) and torch.equal(seen[0], expected)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qat_compat.casting import bits_of
 from qat_compat.driving import Data, Inputs, check_data, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
@@ -23,7 +24,6 @@ __all__ = ["Calibration", "calibrate", "fingerprint"]
 
 _KIND = "qat_compat.calibration"
 _BLOCK = 1 << 18  # elements that are added up at a time
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +148,14 @@ def fingerprint(description: Description) -> str:
             slot = description.view.slots.get(key)
             if slot is None or slot.tensor.device.type == "meta" or not slot.tensor.is_floating_point():
                 continue
-            total, ramped = _sums(slot.tensor.detach().reshape(-1))
+            total, ramped = _sums(slot.tensor.reshape(-1))
             rows.append(f"{canonical(key)}={slot.tensor.dtype},{slot.tensor.numel()},{total},{ramped}")
     return hashlib.blake2b("\n".join(sorted(rows)).encode(), digest_size=16).hexdigest()
 
 
 def _sums(values: Tensor) -> tuple[int, int]:
     """Sums, modulo 2**64, of elements read as integers, and of these times their place, so that their order counts."""
-    bits = values.view(_INTEGERS[values.element_size()])
+    bits = bits_of(values)
     place = torch.arange(1, 1 + min(_BLOCK, len(bits)), device=bits.device)
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
     for number, block in enumerate(torch.split(bits, _BLOCK)):  # in the cache, and without a copy of the whole

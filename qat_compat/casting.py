@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Loss", "cast_loss", "is_widening", "same_values"]
+__all__ = ["Loss", "bits_of", "cast_loss", "is_widening", "same_values"]
 
 _BLOCK = 1 << 20  # elements
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -84,6 +84,17 @@ def _blocks(value: Tensor) -> Sequence[Tensor]:
     return [value[first : first + step] for first in range(0, len(value), step)]
 
 
+def bits_of(value: Tensor) -> Tensor:
+    """The bits of floating-point values, as integers of the same size over the same memory.
+
+    Example:
+        >>> import torch
+        >>> bits_of(torch.tensor([0.0, -0.0]))
+        tensor([          0, -2147483648], dtype=torch.int32)
+    """
+    return value.detach().view(_INTEGERS[value.dtype.itemsize])
+
+
 def same_values(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, so that NaN equals itself.
 
@@ -94,7 +105,6 @@ def same_values(left: Tensor, right: Tensor) -> bool:
     """
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    if left.is_floating_point():  # as integers: neither does NaN differ from itself, nor is -0.0 the same as 0.0
-        integer = _INTEGERS[left.dtype.itemsize]
-        return torch.equal(left.detach().view(integer), right.detach().view(integer))
+    if left.is_floating_point():  # neither does NaN differ from itself, nor is -0.0 the same as 0.0
+        return torch.equal(bits_of(left), bits_of(right))
     return torch.equal(left, right)

@@ -90,7 +90,9 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
                 "there is not enough memory for what the load changes beside what the model holds",
                 file=ready.plan.source,
                 found=str(error) or type(error).__name__,
-                remedy="the model is as it was; inplace=True reads into its own parameters, without a second copy",
+                remedy="free memory, and load into a model that is made anew: this one may be half read"
+                if options.inplace
+                else "the model is as it was; inplace=True reads into its own parameters, without a second copy",
             ) from error
     findings = outcome.findings
     if ready.saved is not None and ready.saved.weights != fingerprint(ready.description):

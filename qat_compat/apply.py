@@ -16,7 +16,7 @@ import torch
 
 from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
-from qat_compat.frameworks import Description, Quantizer
+from qat_compat.frameworks import Description, Quantizer, doubtful, settle_all
 from qat_compat.isolation import preserved_random_state
 from qat_compat.plan import Copy, Derive, How, Keep, Plan, Step, Synthesize
 from qat_compat.schema import Role, Schema
@@ -195,8 +195,7 @@ def _synthesize(plan: Plan, description: Description, driving: Driving, staged: 
         )
     else:
         observe_weights(chosen.from_weights, known)
-    for quantizer in chosen.settled:
-        quantizer.settle()
+    settle_all(chosen.settled)
     for quantizer in chosen.spanned:
         quantizer.span()
     return batches
@@ -221,7 +220,8 @@ def _written(plan: Plan, description: Description) -> set[str]:
 def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     """Look at the result: quantizers that can be used, and no tensor left without storage."""
     touched = _touched(plan, description) if description.quantizers else set()
-    problems = [p for q in description.quantizers if q.name in touched for p in q.check()]
+    suspects = doubtful(quantizer for quantizer in description.quantizers if quantizer.name in touched)
+    problems = [problem for quantizer in suspects for problem in quantizer.check()]
     if problems:
         first = problems[0]
         raise QParamError(
@@ -233,7 +233,7 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             remedy=first.remedy,
         )
     _refuse_meta(list(description.view.slots), plan, description)
-    findings = [finding for q in description.quantizers if q.name in touched for finding in q.findings()]
+    findings = [finding for quantizer in suspects for finding in quantizer.findings()]
     return (*findings, *_stale(plan, description))
 
 

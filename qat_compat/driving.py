@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.errors import CalibrationError
-from qat_compat.frameworks import Description, Needs, Quantizer
+from qat_compat.frameworks import Description, Needs, Quantizer, settle_all
 from qat_compat.isolation import quiet
 from qat_compat.qparams import RangeHistogram, choose_range
 from qat_compat.text import collapse, counted, shorten
@@ -217,9 +217,8 @@ def drive(
         still = [q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen]
         observe_weights(still, known)
         _check_finite(still, {q.name for q in still}, None)
+        settle_all(quantizer for quantizer in running if quantizer.name in seen)
         for quantizer in running:
-            if quantizer.name in seen:
-                quantizer.settle()
             if quantizer.name in histograms:
                 quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
     return count
@@ -348,20 +347,19 @@ def _require_seen(chosen: Sequence[Quantizer], seen: set[str]) -> None:
         )
 
 
-def observe_weights(quantizers: Iterable[Quantizer], known: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
+def observe_weights(quantizers: Sequence[Quantizer], known: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
     """Show each quantizer the tensor of the model's own that it quantizes; needs no data.
 
     Args:
         quantizers: Those that quantize weights.
         known: Name -> the range of that tensor, where it has been worked out and is all that the quantizer looks at.
     """
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), _held(quantizers):
         for quantizer in quantizers:
             assert quantizer.source is not None
-            with _held([quantizer]):
-                quantizer.listen()
-                if known and quantizer.name in known:
-                    quantizer.observe_range(*known[quantizer.name])
-                else:
-                    quantizer.observe(quantizer.source())
-                quantizer.settle()
+            quantizer.listen()
+            if known and quantizer.name in known:
+                quantizer.observe_range(*known[quantizer.name])
+            else:
+                quantizer.observe(quantizer.source())
+        settle_all(quantizers)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -117,20 +118,46 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
 def _without_data(model: nn.Module, leaves: Iterable[nn.Module]) -> nn.Module:
     """A copy of the modules with tensors that hold nothing, so that a trace runs none of the user's code on his model.
 
-    What is inside of a leaf, which a trace does not enter, is not copied. A model that cannot be copied is traced
-    itself.
+    A trace does not enter a leaf, so of that the outside is enough. A model that cannot be copied is traced itself.
     """
-    nothing, entered = nn.Module(), _entered(model, {id(leaf) for leaf in leaves})
-    within = [child for leaf in leaves for child in leaf.children() if id(child) not in entered]
-    memo: dict[int, object] = {id(child): nothing for child in within}
-    for tensor in (*model.parameters(), *model.buffers()):
-        with torch.no_grad():
+    inside = {id(leaf): leaf for leaf in leaves}
+    entered = _entered(model, set(inside))
+    memo: dict[int, Any] = {}
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
             empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     try:
-        return copy.deepcopy(model, memo)
+        shells = [(leaf, _shell(leaf, memo)) for leaf in inside.values()]
+        memo.update({id(leaf): shell for leaf, shell in shells})
+        memo.update(_empty_copies(module for module in model.modules() if id(module) in entered))
+        copied: nn.Module = copy.deepcopy(model, memo)
     except Exception:  # modules may hold what cannot be copied: locks, files, generators
         return model
+    nothing = nn.Module()
+    for leaf, shell in shells:
+        children = leaf._modules.items()
+        shell.__dict__["_modules"] = {
+            name: child and (memo[id(child)] if id(child) in entered else nothing) for name, child in children
+        }
+    return copied
+
+
+def _empty_copies(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """Most of what a module holds are mappings for hooks with nothing in them, which `deepcopy` takes long for."""
+    held = (value for module in modules for value in module.__dict__.values())
+    return {id(value): type(value)() for value in held if type(value) in (dict, OrderedDict, set) and not value}
+
+
+def _shell(leaf: nn.Module, memo: Mapping[int, Any]) -> nn.Module:
+    """The same module less its children, with the tensors that `memo` has for its own."""
+    shell: nn.Module = leaf.__new__(type(leaf))
+    tensors = {
+        kind: {name: memo.get(id(tensor)) for name, tensor in leaf.__dict__[kind].items()}
+        for kind in ("_parameters", "_buffers")
+    }
+    shell.__dict__.update(leaf.__dict__, **tensors)
+    return shell
 
 
 def _entered(model: nn.Module, leaves: set[int]) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,8 +41,10 @@ __all__ = [
     "beside",
     "describe_keys",
     "describe_model",
+    "doubtful",
     "is_consulted",
     "same_flow",
+    "settle_all",
     "with_sites",
 ]
 
@@ -93,6 +95,26 @@ class Description:
     schema: Schema
     quantizers: tuple[Quantizer, ...]
     framework: Framework | None
+
+
+def settle_all(quantizers: Iterable[Quantizer]) -> None:
+    """Compute scale and zero_point of each from what it has observed."""
+    for kind, same in _by_class(quantizers).items():
+        kind.settle_all(same)
+
+
+def doubtful(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
+    """Those that need a closer look, in their order."""
+    chosen = list(quantizers)
+    found = {quantizer for kind, same in _by_class(chosen).items() for quantizer in kind.doubtful(same)}
+    return [quantizer for quantizer in chosen if quantizer in found]
+
+
+def _by_class(quantizers: Iterable[Quantizer]) -> dict[type[Quantizer], list[Quantizer]]:
+    found: dict[type[Quantizer], list[Quantizer]] = {}
+    for quantizer in quantizers:
+        found.setdefault(type(quantizer), []).append(quantizer)
+    return found
 
 
 def is_consulted(key: str, spec: Spec) -> bool:

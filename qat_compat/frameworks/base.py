@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -123,6 +123,12 @@ class Quantizer(ABC):
     def settle(self) -> None:
         """Compute scale and zero_point from what was observed and write them to the quantizer's own tensors."""
 
+    @classmethod
+    def settle_all(cls, quantizers: Sequence[Self]) -> None:
+        """:meth:`settle` of each; a device waits less if that can be done for many at once."""
+        for quantizer in quantizers:
+            quantizer.settle()
+
     @abstractmethod
     def ranges(self) -> list[Tensor]:
         """The tensors that hold what was observed; NaN or inf in them means NaN or inf in what was seen."""
@@ -130,6 +136,11 @@ class Quantizer(ABC):
     @abstractmethod
     def check(self) -> Iterable[Problem]:
         """Say what no quantizer can use: scales, zero points, channel counts."""
+
+    @classmethod
+    def doubtful(cls, quantizers: Sequence[Self]) -> list[Self]:
+        """Those of which :meth:`check` or :meth:`findings` may have something to say, by one look at all of them."""
+        return list(quantizers)
 
     def hides_infinity(self) -> bool:
         """Whether NaN and inf leave no trace in :meth:`ranges`, so that the input itself must be looked at."""

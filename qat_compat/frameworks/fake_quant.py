@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer, Reduction
+from qat_compat.frameworks.observers import together
 from qat_compat.isolation import quiet
 from qat_compat.ranges import magnitude, value_range
 from qat_compat.schema import Role
@@ -224,6 +225,25 @@ class FakeQuant(Quantizer):
         for leaf in self._learns:
             getattr(self.module, leaf).requires_grad = True
 
+    @classmethod
+    def settle_all(cls, quantizers: Sequence[FakeQuant]) -> None:
+        left = dict.fromkeys(quantizers)
+        with quiet():
+            for group, observers in together((q, q.observer) for q in quantizers if q._is_plain()):
+                try:
+                    found = observers.split(*observers.qparams())
+                except AssertionError:  # of a range that has seen nothing; each says so itself
+                    continue
+                for quantizer, (scale, zero_point) in zip(group, found, strict=True):
+                    quantizer._write(scale, zero_point)
+                    del left[quantizer]
+        for quantizer in left:
+            quantizer.settle()
+
+    def _is_plain(self) -> bool:
+        """Whether scale and zero point are what its observer makes of a range, and nothing else."""
+        return self._keeps_a_range() and hasattr(self.module, "scale") and not hasattr(self.module, "learning_enabled")
+
     def _calculate_qparams(self) -> tuple[Tensor, Tensor]:
         # a learnable fake-quantizer's own method returns what it has learnt, not what was observed
         owner: Any = self.observer if hasattr(self.module, "learning_enabled") else self.module
@@ -330,6 +350,30 @@ class FakeQuant(Quantizer):
         if not untouched and expected is not None and scale.numel() != expected:
             detail = f"expected {counted(expected, 'scale')}, found {scale.numel()}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
+
+    @classmethod
+    def doubtful(cls, quantizers: Sequence[FakeQuant]) -> list[FakeQuant]:
+        left = dict.fromkeys(quantizers)
+        with quiet():
+            for group, observers in together((q, q.observer) for q in quantizers if q._has_all_scales()):
+                modules: list[Any] = [quantizer.module for quantizer in group]
+                scale, zero_point = (
+                    torch.cat([getattr(module, name).reshape(-1) for module in modules])
+                    for name in ("scale", "zero_point")
+                )
+                odd = set(observers.odd(scale, zero_point, _SCALE_TOLERANCE))
+                for number, quantizer in enumerate(group):
+                    if number not in odd:
+                        del left[quantizer]
+        return list(left)
+
+    def _has_all_scales(self) -> bool:
+        if not self._is_plain():
+            return False
+        scale, zero_point = self.module.scale, self.module.zero_point
+        shape, count = getattr(scale, "shape", None), self.observer.min_val.numel()
+        same = isinstance(zero_point, Tensor) and zero_point.shape == shape and math.prod(shape) == count
+        return same and self.channels() in (None, count) and scale.device == zero_point.device
 
     def hides_infinity(self) -> bool:
         return has_base(self.observer, "HistogramObserver")  # it skips inf, and `histc` stops at NaN

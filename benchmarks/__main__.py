@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import fresh, interleaved, machine, use_device
+from benchmarks.models import MODELS
 from benchmarks.suites import SUITES
 
 __all__ = ["main", "table"]
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are")
     parser.add_argument("--only", choices=list(SUITES), help="one suite alone")
+    parser.add_argument(
+        "--model", choices=list(MODELS), help="with --only: one model alone, where the suite has several"
+    )
     parser.add_argument("--runs", type=int, default=5, help="fresh processes per figure (default 5)")
     parser.add_argument(
         "--tiny", action="store_true", help="the smallest sizes, all in this process: to see that everything runs"
@@ -52,11 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="where the JSON goes (default results/DEVICE.json beside this); with --only, the rows of that suite alone,"
-        " beside those of the others of the same machine",
+        help="where the JSON goes (default results/DEVICE.json beside this); with --only, the new rows go beside those"
+        " of the other suites of the same machine",
     )
     parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.model and not options.only:
+        parser.error("--model goes with --only")
     use_device(options.device)
     if options.one:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -70,15 +76,25 @@ def main(argv: list[str] | None = None) -> int:
         if options.only in (None, name):
             with tempfile.TemporaryDirectory() as folder:
                 cases = suite.prepare(Path(folder), options.tiny)
+                cases = [case for case in cases if options.model in (None, case[0])]
+                if not cases:
+                    parser.error(f"the suite {name} does not load {options.model}")
                 measure = suite.one if options.tiny else partial(fresh, name)
                 found = suite.rows(interleaved(cases, options.runs, measure))
             taken += [{**row, "commit": about["commit"]} for row in found]
-            rows = [*(row for row in others if row["suite"] != name), *taken]
+            stay = [row for row in others if row["suite"] != name or options.model not in (None, row.get("model"))]
+            rows = sorted([*stay, *taken], key=_place)
             out.parent.mkdir(parents=True, exist_ok=True)
             # after each suite: what has been measured is not lost with what fails later
             out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
     print(table({"machine": about, "rows": rows}))
     return 0
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    """Where a row stands among the others: its suite, and in that its model."""
+    models = list(MODELS)
+    return list(SUITES).index(row["suite"]), models.index(row["model"]) if row.get("model") in models else 0
 
 
 def _others(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:

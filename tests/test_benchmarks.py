@@ -55,6 +55,25 @@ def test_one_suite_goes_beside_the_others_of_the_same_machine(file: Path, result
         suite.main(arguments)
 
 
+def test_one_model_goes_beside_the_others_of_its_suite(file: Path, results: dict) -> None:
+    own = file.with_name("model.json")
+    rows = [{**row, "commit": "before"} for row in results["rows"]]
+    other = [{**row, "model": "flat-20k"} for row in rows if row["suite"] == "load"]
+    own.write_text(json.dumps({**results, "rows": [*rows, *other]}))
+    arguments = ["--tiny", "--runs", "1", "--only", "load", "--out", str(own)]
+    assert suite.main([*arguments, "--model", "tiny"]) == 0
+    again = json.loads(own.read_text())["rows"]
+    assert [row for row in again if row["commit"] == "before"] == [
+        *other,
+        *(row for row in rows if row["suite"] != "load"),
+    ]
+    assert [row["how"] for row in again[: len(other)]] == [row["how"] for row in other]
+    with pytest.raises(SystemExit):
+        suite.main([*arguments, "--model", "flat-20k"])
+    with pytest.raises(SystemExit):
+        suite.main(["--tiny", "--model", "tiny"])
+
+
 def test_ratios_are_to_a_baseline_of_the_same_run(results: dict) -> None:
     rows = [row for row in results["rows"] if "baseline" in row]
     assert rows

@@ -86,8 +86,10 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
             findings = _verify(plan, description)
             if runs:
                 transaction.settle(staged.tensors, _written(plan, description))
-        except BaseException:
+        except BaseException as error:
             transaction.roll_back()
+            if isinstance(error, QParamError):
+                error.file = error.file or plan.source
             raise
     return Outcome(batches, staged.losses, findings)
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat_compat.errors import CalibrationError
+from qat_compat.errors import CalibrationError, QParamError
 from qat_compat.frameworks import Description, Needs, Quantizer, settle_all
 from qat_compat.isolation import quiet
+from qat_compat.memory import read_flags
 from qat_compat.qparams import RangeHistogram, choose_range
 from qat_compat.text import collapse, counted, shorten
 
@@ -216,7 +217,6 @@ def drive(
         count = _run(description, running, data, seen, histograms, inputs, advance)
         still = [q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen]
         observe_weights(still, known)
-        _check_finite(still, {q.name for q in still}, None)
         settle_all(quantizer for quantizer in running if quantizer.name in seen)
         for quantizer in running:
             if quantizer.name in histograms:
@@ -311,13 +311,9 @@ def _call_user(data: Callable[[nn.Module], Any], call: Callable[..., Any]) -> No
 def _check_finite(chosen: Sequence[Quantizer], seen: set[str], number: int | None) -> None:
     """One look at all ranges together, so that a device is synchronised once per batch."""
     found = [(q, value) for q in chosen if q.name in seen for value in q.ranges()]
-    if not found:
-        return
-    device = found[0][1].device  # of several, where a model lies on several
-    flags = torch.stack([torch.isfinite(value).all().to(device) for _, value in found])
-    if bool(flags.all()):
-        return
-    raise _not_finite([q.name for (q, _), fine in zip(found, flags.tolist(), strict=True) if not fine], number)
+    flags = read_flags([torch.isfinite(value).all() for _, value in found])
+    if not all(flags):
+        raise _not_finite([q.name for (q, _), fine in zip(found, flags, strict=True) if not fine], number)
 
 
 def _is_finite(value: Tensor) -> bool:
@@ -353,6 +349,9 @@ def observe_weights(quantizers: Sequence[Quantizer], known: Mapping[str, tuple[T
     Args:
         quantizers: Those that quantize weights.
         known: Name -> the range of that tensor, where it has been worked out and is all that the quantizer looks at.
+
+    Raises:
+        QParamError: NaN or inf in a weight.
     """
     with torch.no_grad(), quiet(), _held(quantizers):
         for quantizer in quantizers:
@@ -362,4 +361,20 @@ def observe_weights(quantizers: Sequence[Quantizer], known: Mapping[str, tuple[T
                 quantizer.observe_range(*known[quantizer.name])
             else:
                 quantizer.observe(quantizer.source())
+        _check_weights(quantizers)
         settle_all(quantizers)
+
+
+def _check_weights(quantizers: Sequence[Quantizer]) -> None:
+    """Some observers stop at NaN with an error that names nothing."""
+    found = [(quantizer, value) for quantizer in quantizers for value in quantizer.ranges()]
+    fine = read_flags([torch.isfinite(value).all() for _, value in found])
+    if not all(fine):
+        odd = {q.name: q.site for (q, _), flag in zip(found, fine, strict=True) if not flag}
+        raise QParamError(
+            f"the weights of {counted(len(odd), 'quantizer')} hold NaN or inf",
+            key=", ".join(shorten(collapse(list(odd)), 8)),
+            expected="finite weights",
+            found=f"NaN or inf in {', '.join(shorten(collapse(list(odd.values())), 8))}",
+            remedy="take a checkpoint from before the weights were lost; no scale can be made of these",
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat_compat.threads import THREADS, in_threads
 
-__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors", "populate"]
+__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors", "populate", "read_flags"]
 
 _LARGE = 4 << 20  # bytes from which huge pages and threads pay
 _MAPPING = 256 << 20  # tensors share mappings up to this size, so that what is freed early is given back early
@@ -99,6 +99,23 @@ def bytes_of(tensor: Tensor) -> memoryview:
         [0, 7]
     """
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def read_flags(flags: Sequence[Tensor]) -> list[bool]:
+    """The values of 0-dimensional flags, with one wait for each device that they lie on.
+
+    Example:
+        >>> import torch
+        >>> read_flags([torch.tensor(True), torch.ones(2).isnan().any()])
+        [True, False]
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for number, flag in enumerate(flags):
+        by_device.setdefault(flag.device, []).append(number)
+    found: dict[int, bool] = {}
+    for numbers in by_device.values():
+        found.update(zip(numbers, torch.stack([flags[number] for number in numbers]).tolist(), strict=True))
+    return [found[number] for number in range(len(flags))]
 
 
 def populate(tensors: Iterable[Tensor]) -> None:

@@ -14,7 +14,7 @@ What is known here, and what it rests on (torchao 0.18):
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.torchao_grids import as_json, rebuilt, rounding
+from qat_compat.memory import read_flags
 from qat_compat.ranges import RangeOver, value_range
 from qat_compat.schema import UNROUNDED, Entry, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_like, split_path
@@ -130,6 +131,12 @@ class IntxQuantizer(Quantizer):
         if bad:
             detail = f"{bad} of {scale.numel()} scales are not finite and positive"
             yield Problem(ProblemKind.INVALID, f"{self.name}.scale", detail, "calibrate this quantizer anew")
+
+    @classmethod
+    def doubtful(cls, quantizers: Sequence[IntxQuantizer]) -> list[IntxQuantizer]:
+        held = [(q, scale) for q in quantizers if isinstance(scale := getattr(q.module, "scale", None), Tensor)]
+        fine = read_flags([(torch.isfinite(scale) & (scale > 0)).all() for _, scale in held])
+        return [quantizer for (quantizer, _), flag in zip(held, fine, strict=True) if not flag]
 
     def findings(self) -> Iterable[str]:
         scale = getattr(self.module, "scale", None)

@@ -48,6 +48,24 @@ def test_nan_or_inf_in_a_batch_names_the_quantizer_and_the_batch(flow: str, name
     assert f"in calibration batch {0 if flow.startswith('torchao') else 1}" in str(caught.value)
 
 
+@pytest.mark.parametrize(("flow", "name"), CASES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_inf_in_a_weight_names_the_file_and_the_weight(
+    flow: str, name: str, value: float, tmp_path: Path
+) -> None:
+    """Whether or not there is data; some frameworks' observers stop at NaN with an error that names nothing."""
+    arch, model = ARCHS[name], target(flow, name)
+    state = {key: tensor.clone() for key, tensor in arch.state().items()}
+    site = next(q.site for q in describe_model(model).quantizers if q.needs is Needs.WEIGHTS)
+    key = site.removeprefix("weight:").removesuffix("+bn") + ".weight"
+    state[key].view(-1)[0] = value
+    path = qc.save_checkpoint(state, tmp_path / "float.pt")
+    with untouched(model), pytest.raises(qc.QParamError, match="hold NaN or inf") as caught:
+        qc.load_checkpoint(model, path, calibration="defer")
+    assert caught.value.file == str(path)
+    assert site in str(caught.value)
+
+
 class Bounded(nn.Module):
     """What its quantizer lets through is finite again."""
 

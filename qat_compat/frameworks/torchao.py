@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,6 +37,13 @@ _WEIGHT = "weight_fake_quantizer"
 _ACTIVATION = "activation_fake_quantizer"
 _RECORD = "fake_quantizers"  # quantizer -> its config, in the record of a file
 _LEAVES: Mapping[str, Role] = {"scale": Role.SCALE, "zero_point": Role.ZERO_POINT}
+
+
+_LAST = "_maybe_update_qparams_for_range_learning"  # what a forward calls when it has its qparams, and then never again
+
+
+class _EnoughError(Exception):
+    """A forward has done all that is wanted of it."""
 
 
 def _is_quantizer(module: nn.Module) -> bool:
@@ -96,16 +104,30 @@ class IntxQuantizer(Quantizer):
         return getattr(getattr(self.module, "config", None), "granularity", None)
 
     def observe_range(self, low: Tensor, high: Tensor) -> None:
-        """A weight of which each group is the two ends of the range has the same qparams, and is quickly quantized."""
+        """A weight of which each group is the two ends of the range has the same qparams.
+
+        The forward ends when it has found those: nobody asks for that weight, fake-quantized.
+        """
         module: Any = self.module
         config = module.config
         pairs = copy.copy(config)
         if type(self._granularity()).__name__ != "PerAxis":  # per row is per group of all there is
             pairs.granularity = replace(self._granularity(), group_size=2)
         module.config = pairs
+        last: Callable[[], None] | None = getattr(module, _LAST, None)
+
+        def enough() -> None:
+            assert last is not None
+            last()
+            raise _EnoughError
+
+        if last is not None:
+            module.__dict__[_LAST] = enough
         try:
-            module(torch.stack([low, high], -1).flatten(1))
+            with suppress(_EnoughError):
+                module(torch.stack([low, high], -1).flatten(1))
         finally:
+            module.__dict__.pop(_LAST, None)
             module.config = config
 
     def settle(self) -> None:

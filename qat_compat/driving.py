@@ -338,8 +338,9 @@ def _require_seen(chosen: Sequence[Quantizer], seen: set[str]) -> None:
             f"{counted(len(idle), 'quantizer')} never ran on the calibration data",
             key=", ".join(shorten(collapse(idle), 8)),
             expected="every quantizer sees at least one tensor",
-            remedy="add batches that reach them, or leave all of them to training with calibration='defer', or these as"
-            f" they are with keep={idle[0] + '*'!r}",
+            remedy="add batches that reach them; load_checkpoint also takes calibration='defer', which leaves all"
+            f" quantizers to training, and keep= their names, such as {idle[0] + '*'!r},"
+            " which leaves these as they are",
         )
 
 

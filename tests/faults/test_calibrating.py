@@ -221,8 +221,9 @@ def test_quantizers_that_never_run_are_listed_with_two_ways_out() -> None:
         "12 quantizers never ran on the calibration data\n"
         "  key:      unused.{0...11}.activation_post_process\n"
         "  expected: every quantizer sees at least one tensor\n"
-        "  remedy:   add batches that reach them, or leave all of them to training with calibration='defer',"
-        " or these as they are with keep='unused.0.activation_post_process*'"
+        "  remedy:   add batches that reach them; load_checkpoint also takes calibration='defer', which leaves all"
+        " quantizers to training, and keep= their names, such as 'unused.0.activation_post_process*',"
+        " which leaves these as they are"
     )
 
 

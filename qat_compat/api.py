@@ -138,15 +138,17 @@ def load_checkpoint(
         select: Which of several sets of weights in the file.
         float_model: The unprepared model: exact evidence for names that fusion took away.
         rename: Ordered (regex, replacement) pairs over source keys.
-        keep: Globs over float entries of the model that may stay as they are. One that names none of them is for
-            quantizers: those that no data reaches, say, would be an error otherwise.
+        keep: Globs over float entries of the model that may stay as they are. A glob that matches none of them is
+            matched against the names of quantizers, which then keep the state that they have: those that no calibration
+            data reaches, say, would be an error otherwise.
         drop: Globs over source keys to ignore.
         statistic: How activation ranges are chosen: "native", as the model's own quantizers do; "percentile" (99.99 %
-            of the values); "mse" or "entropy" (what 256 levels, however many the quantizer has, keep most of).
+            of the values); "mse" or "entropy" (the range that a grid of 256 levels rounds with the least error or
+            loss of information, whatever the quantizer's own number of levels).
         inplace: Read straight into the model's own parameters: no second copy, and no way back once reading has begun.
             Otherwise a parameter, though the same object, has new memory afterwards: what shares the old one without
             being the model's (`share_memory()`, a flat buffer of which parameters are views, a captured CUDA graph)
-            does not see the load.
+            does not see the load. Buffers (running statistics, observers) have new memory either way.
         mmap: Assign tensors that lie over the file without a copy, where dtype and device agree. The first write to a
             page copies it, and none reaches the file. The file must outlive the model unchanged: what another process
             writes into it may be seen here, and where it cuts the file short, touching the tensor kills this process.

@@ -8,11 +8,16 @@ included.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeGuard
 
 import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
@@ -79,7 +84,8 @@ def apply(plan: Plan, reading: Reading, driving: Driving) -> Outcome:
                 slot = transaction.slots[key]
                 transaction.install(key, value.clone() if runs and not slot.is_parameter else value)
             staged.write_in_place()
-            _set_extra(description, staged)
+            _set_extra(description, staged, transaction)
+            _run_post_hooks(description, staged, transaction)
             _adopt(plan, description)
             _set_hidden(description, staged)  # before data runs: a quantizer may refuse to run without it
             batches = _synthesize(plan, description, driving, staged)
@@ -98,12 +104,14 @@ def _runs(plan: Plan, staged: Staged, description: Description) -> bool:
     """Whether anything will run that can write to buffers: quantizers, the model on data, a module's own code."""
     works = any(isinstance(step, (Derive, Synthesize)) for step in plan.steps)
     adopts = any(type(quantizer).adopt is not Quantizer.adopt for quantizer in description.quantizers)
-    return works or adopts or bool(staged.extra) or bool(staged.hidden)
+    return works or adopts or bool(staged.extra or staged.hidden) or bool(_hooked(description))
 
 
-def _set_extra(description: Description, staged: Staged) -> None:
+def _set_extra(description: Description, staged: Staged, transaction: Transaction) -> None:
     for key, value in staged.extra.items():
         module = description.view.modules[split_path(key)[0]]
+        with suppress(Exception):  # of a module that has none yet
+            transaction.undo.append(partial(module.set_extra_state, copy.deepcopy(module.get_extra_state())))
         try:
             module.set_extra_state(value)
         except Exception as error:
@@ -115,6 +123,33 @@ def _set_extra(description: Description, staged: Staged) -> None:
             ) from error
 
 
+def _hooked(description: Description) -> dict[str, nn.Module]:
+    """The modules that work something out when their tensors have been loaded, those inside of others first."""
+    modules = reversed(list(description.view.modules.items()))
+    return {path: module for path, module in modules if module._load_state_dict_post_hooks}
+
+
+def _run_post_hooks(description: Description, staged: Staged, transaction: Transaction) -> None:
+    """What `load_state_dict` would call; before data runs, which may see what it makes."""
+    hooked = _hooked(description)
+    for path, module in hooked.items():
+        for hook in module._load_state_dict_post_hooks.values():
+            try:
+                hook(module, _IncompatibleKeys([], []))
+            except Exception as error:
+                raise CompatError(
+                    f"a load_state_dict post-hook of {type(module).__name__} raised {type(error).__name__}: {error}",
+                    key=path or "<model>",
+                    remedy="the model is as it was; see the cause above",
+                ) from error
+    inside = tuple(path and f"{path}." for path in hooked)
+    for key, slot in transaction.slots.items():
+        if not slot.is_parameter and not slot.tensor.is_meta and inside and key.startswith(inside):
+            module, name = slot.owners[0]
+            if (current := module._buffers[name]) is not None:
+                staged.tensors[key] = current.data.clone()
+
+
 def _adopt(plan: Plan, description: Description) -> None:
     """Tell the quantizers which of their tensors hold what a checkpoint held."""
     if not description.quantizers:
@@ -124,9 +159,10 @@ def _adopt(plan: Plan, description: Description) -> None:
         if _is_taken(step) or (isinstance(step, Synthesize) and step.how is How.RECORD):
             entry = description.schema[step.key]
             leaves.setdefault(entry.quantizer, []).append(entry.leaf)
-    for quantizer in description.quantizers:
-        if quantizer.name in leaves:
-            quantizer.adopt(leaves[quantizer.name])
+    known = [quantizer for quantizer in description.quantizers if quantizer.name in leaves]
+    _refuse_values(plan, [problem for q in known for problem in q.misshapen(leaves[q.name])])
+    for quantizer in known:
+        quantizer.adopt(leaves[quantizer.name])
 
 
 def _theirs(step: Copy | Derive, schema: Schema) -> str:
@@ -223,7 +259,13 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
     """Look at the result: quantizers that can be used, and no tensor left without storage."""
     touched = _touched(plan, description) if description.quantizers else set()
     suspects = doubtful(quantizer for quantizer in description.quantizers if quantizer.name in touched)
-    problems = [problem for quantizer in suspects for problem in quantizer.check()]
+    _refuse_values(plan, [problem for quantizer in suspects for problem in quantizer.check()])
+    _refuse_meta(list(description.view.slots), plan, description)
+    findings = [finding for quantizer in suspects for finding in quantizer.findings()]
+    return (*findings, *_stale(plan, description))
+
+
+def _refuse_values(plan: Plan, problems: Sequence[Problem]) -> None:
     if problems:
         first = problems[0]
         raise QParamError(
@@ -234,9 +276,6 @@ def _verify(plan: Plan, description: Description) -> tuple[str, ...]:
             found=first.detail,
             remedy=first.remedy,
         )
-    _refuse_meta(list(description.view.slots), plan, description)
-    findings = [finding for quantizer in suspects for finding in quantizer.findings()]
-    return (*findings, *_stale(plan, description))
 
 
 def _touched(plan: Plan, description: Description) -> set[str]:

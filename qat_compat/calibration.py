@@ -68,8 +68,17 @@ class Calibration:
                 found=f"a checkpoint of {len(checkpoint)} tensors",
                 remedy="make one with qat_compat.calibrate(model, batches).save(path)",
             )
-        tensors = {key: checkpoint[key].clone() for key in checkpoint}
-        return cls(tensors, str(about["statistic"]), int(about["batches"]), str(about["weights"]))
+        try:
+            told = str(about["statistic"]), int(about["batches"]), str(about["weights"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "the record of the saved calibration is malformed",
+                file=path,
+                expected="its statistic, its number of batches and the fingerprint of the weights",
+                found=f"{type(error).__name__}: {error}",
+                remedy="make it again with qat_compat.calibrate(model, batches).save(path)",
+            ) from error
+        return cls({key: checkpoint[key].clone() for key in checkpoint}, *told)
 
 
 def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, statistic: str = "native") -> Calibration:

@@ -73,7 +73,10 @@ def is_widening(old: torch.dtype, new: torch.dtype) -> bool:
         (True, False)
     """
     wider = old.is_floating_point and new.is_floating_point and new.itemsize > old.itemsize
-    return wider and torch.finfo(new).max >= torch.finfo(old).max  # not so for the exponents of an MX format
+    try:
+        return wider and torch.finfo(new).max >= torch.finfo(old).max  # not so for the exponents of an MX format
+    except NotImplementedError:  # of a dtype whose elements torch packs by two
+        return False
 
 
 def _blocks(value: Tensor) -> Sequence[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from qat_compat.memory import read_flags
 from qat_compat.qparams import RangeHistogram, choose_range
 from qat_compat.text import collapse, counted, shorten
 
-__all__ = ["Data", "Inputs", "check_data", "drive", "observe_weights", "run_once"]
+__all__ = ["Data", "Inputs", "batches_of", "check_data", "drive", "observe_weights", "run_once"]
 
 Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
 Data = Iterable[Any] | Callable[[nn.Module], Any]
@@ -74,18 +75,31 @@ def _positional_count(model: nn.Module, available: int) -> int:
 
 
 def _tensors(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    """The value with a tensor for every array of numbers in it."""
+    return _with_each(value, lambda item: _as_tensor(item) if isinstance(item, np.ndarray) else item)
+
+
+def _as_tensor(value: Any) -> Any:
+    try:
+        return torch.from_numpy(value)
+    except TypeError:  # words, objects
+        return value
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     """The value with every tensor in it on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
+    return _with_each(value, lambda item: item.to(device) if isinstance(item, Tensor) else item)
+
+
+def _with_each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same mappings, tuples and lists of what is made of each thing in them."""
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
-    return value
+        return {key: _with_each(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_with_each(item, change) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_with_each(item, change) for item in value)
+    return change(value)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -145,23 +159,23 @@ def _watched(
     """Note which quantizers have seen a tensor with something in it; collect histograms where they are asked for."""
     handles = []
     inside: dict[str, Tensor] = {}  # what a quantizer that has not come to its end was handed
-    for quantizer in quantizers:
 
-        def enter(_module: nn.Module, args: Any, quantizer: Quantizer = quantizer) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].numel():
-                inside[quantizer.name] = args[0]
-                if quantizer.hides_infinity() and not _is_finite(args[0]):
-                    raise _not_finite([quantizer.name], number[0])
-                if quantizer.name in histograms:
-                    histograms[quantizer.name].add(args[0].detach())
+    def enter(quantizer: Quantizer, _module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel():
+            inside[quantizer.name] = args[0]
+            if quantizer.hides_infinity() and not _is_finite(args[0]):
+                raise _not_finite([quantizer.name], number[0])
+            if quantizer.name in histograms:
+                histograms[quantizer.name].add(args[0].detach())
 
-        def leave(_module: nn.Module, _args: Any, _result: Any, quantizer: Quantizer = quantizer) -> None:
-            if inside.pop(quantizer.name, None) is not None:
-                seen.add(quantizer.name)
+    def leave(quantizer: Quantizer, _module: nn.Module, _args: Any, _result: Any) -> None:
+        if inside.pop(quantizer.name, None) is not None:
+            seen.add(quantizer.name)
 
-        handles.append(quantizer.module.register_forward_pre_hook(enter))
-        handles.append(quantizer.module.register_forward_hook(leave))
     try:
+        for quantizer in quantizers:
+            handles.append(quantizer.module.register_forward_pre_hook(partial(enter, quantizer)))
+            handles.append(quantizer.module.register_forward_hook(partial(leave, quantizer)))
         yield
     except CalibrationError:
         odd = [name for name, value in inside.items() if not _is_finite(value)]
@@ -260,7 +274,7 @@ def _run(
             _call_user(data, call)
             _check_finite(chosen, seen, None)
         else:
-            for batch in _batches(data):
+            for batch in batches_of(data):
                 number[0] = count
                 try:
                     run_once(call, model, batch, inputs, count)
@@ -282,11 +296,12 @@ def _run(
     return count
 
 
-def _batches(data: Iterable[Any]) -> Iterator[Any]:
+def batches_of(data: Iterable[Any]) -> Iterator[Any]:
     """The batches; what a data loader raises is an error of the data, not of the model."""
-    iterator = iter(data)
+    iterator: Iterator[Any] | None = None
     while True:
         try:
+            iterator = iter(data) if iterator is None else iterator
             batch = next(iterator)
         except StopIteration:
             return

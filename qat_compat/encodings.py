@@ -184,6 +184,10 @@ def form_from_record(record: Any) -> Form | None:
             "signed": bool(signed),
             "narrow": bool(narrow),
             "leaves": dict(leaves),
-        } if 1 <= bits <= _MOST_BITS and set(leaves) == set(getattr(CONVENTIONS.get(convention), "tensors", ())):
+        } if (
+            1 <= bits <= _MOST_BITS
+            and convention in CONVENTIONS
+            and set(leaves) == set(CONVENTIONS[convention].tensors)
+        ):
             return Form(convention, Grid(bits, signed, narrow), {str(name): str(leaf) for name, leaf in leaves.items()})
     return None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from qat_compat.casting import cast_loss
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
@@ -69,8 +70,7 @@ def to_float(
         PlanError: A name cannot be known, or the source does not fit `like`.
         CheckpointError: The source cannot be read.
     """
-    opened = open_any(source, select=select)
-    opened = _decoded(opened)
+    opened = _decoded(open_any(_unwrapped(source), select=select))
     opened, layout = _layout_of(opened, like) if like is not None else (opened, _own_layout(opened))
     read = reader(opened, weights)
     specs: dict[str, Spec] = {}
@@ -118,6 +118,18 @@ def to_float(
     if stage is Stage.FOLDED:
         result.record = {"stage": stage.value}
     return result
+
+
+def _unwrapped(source: SourceLike) -> SourceLike:
+    """The model in a wrapper that is around it only while it runs; of a file the names are those that it has."""
+    while isinstance(source, nn.Module):
+        if isinstance(source, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+            source = source.module
+        elif isinstance(inner := source._modules.get("_orig_mod"), nn.Module):  # what torch.compile makes
+            source = inner
+        else:
+            break
+    return source
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -171,9 +183,11 @@ def _is_folded(schema: Schema) -> bool:
 def _decoded(source: Source) -> Source:
     """A converted source as the float tensors that can be computed from it."""
     schema = source.schema
-    if schema.stage is not Stage.CONVERTED:
+    if schema.stage is not Stage.CONVERTED and not schema.unreadable:
         return source
     remedy = "pass the QAT checkpoint that it was converted from"
+    if schema.stage is not Stage.CONVERTED:
+        remedy = "pass the float checkpoint that it was made from"
     problems = [Problem(ProblemKind.MISMATCHED, key, why, remedy) for key, why in schema.unreadable.items()]
     if (left := schema.undecoded()) and not problems:
         what = f"{counted(len(left), 'tensor')} of a converted checkpoint ({schema.framework})"
@@ -240,7 +254,7 @@ def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
     if source.description is None and any(map(is_positional, source.schema.by_quantizer())):
         # a graph module saves every tensor that it captured, and like= says which of them the float model saves
         extra = [problem for problem in plan.problems if problem.kind is ProblemKind.UNEXPECTED]
-        plan = replace(plan, problems=tuple(problem for problem in plan.problems if problem not in extra))
+        plan = replace(plan, problems=tuple(p for p in plan.problems if p.kind is not ProblemKind.UNEXPECTED))
         captured = tuple(
             f"{problem.key} is not in like=: taken for a tensor that the tracer captured" for problem in extra
         )

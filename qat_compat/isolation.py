@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ __all__ = ["paused_collector", "preserved_random_state", "quiet"]
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Random state of torch (the CPU and CUDA), numpy and Python as before, whatever happens inside.
+    """Random state of torch (the CPU and CUDA), numpy and Python as before, whatever happens inside; grad mode, too.
 
     Example:
         >>> import torch
@@ -30,12 +31,14 @@ def preserved_random_state() -> Iterator[None]:
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = list(range(torch.cuda.device_count())) if in_use else []
     python, numpy = random.getstate(), np.random.get_state()
+    grad = torch.is_grad_enabled()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            torch.set_grad_enabled(grad)  # an interrupt may come in the middle of what changes it
 
 
 class _Quiet:
@@ -44,7 +47,8 @@ class _Quiet:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.inside = 0
-        self.filters = warnings.catch_warnings()
+        self.filters: list[Any] = []
+        self.before: list[Any] = []
 
 
 _QUIET = _Quiet()
@@ -64,27 +68,27 @@ def quiet() -> Iterator[None]:
         >>> warnings.filters == before
         True
     """
-    with _QUIET.lock:
-        if not _QUIET.inside:
-            _QUIET.filters = warnings.catch_warnings()
-            _QUIET.filters.__enter__()
-            warnings.simplefilter("ignore")
-        _QUIET.inside += 1
-    try:
+    entered = False
+    try:  # an interrupt may come between any two steps
+        with _QUIET.lock:
+            _QUIET.inside, entered = _QUIET.inside + 1, True
+            if _QUIET.inside == 1:
+                _QUIET.filters, _QUIET.before = warnings.filters, list(warnings.filters)  # type: ignore[assignment]
+                warnings.simplefilter("ignore")
         yield
     finally:
         with _QUIET.lock:
-            _QUIET.inside -= 1
-            if not _QUIET.inside:
-                _QUIET.filters.__exit__(None, None, None)
+            _QUIET.inside -= entered
+            if entered and not _QUIET.inside:
+                _QUIET.filters[:] = _QUIET.before
 
 
 @contextmanager
 def paused_collector() -> Iterator[None]:
     """No garbage collection: each run would look at every object of a plan again, which makes planning quadratic."""
     was_enabled = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_enabled:

@@ -12,11 +12,13 @@ from qat_compat.errors import PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Quantizer
 from qat_compat.names import canonical
 from qat_compat.norms import Match
-from qat_compat.plan import Copy, Drop, Keep, Plan, sorted_problems
+from qat_compat.plan import Copy, Derive, Drop, Keep, Plan, sorted_problems
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Stage
 from qat_compat.state import join_path, split_path
 
-__all__ = ["Goal", "doubts", "join", "without"]
+__all__ = ["COVERAGE", "Goal", "doubts", "join", "without"]
+
+COVERAGE = "<coverage>"  # stands for a key, where most keys are missing
 
 
 def join(
@@ -120,6 +122,7 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
 def _float_entries(draft: Draft, found: Match, ties: Mapping[str, Sequence[str]]) -> None:
     target, goal = draft.target, draft.goal
     kept_globs = set(goal.keep)
+    hosts = {one.prefix: one.host for one in target.fused}
     missing: list[str] = []
     same_constants = _same_constants(draft)
     sites = {key: _float_name(key, target[key], found) for key in target.float_keys()}
@@ -131,7 +134,8 @@ def _float_entries(draft: Draft, found: Match, ties: Mapping[str, Sequence[str]]
             kept_globs -= {glob for glob in goal.keep if _matches([glob], key, site)}
             draft.steps[key] = Keep(key, "asked for by keep=" if key in asked else "tied to what keep= names")
             draft.kept_modules |= {split_path(key)[0], split_path(site)[0]}
-            draft.kept_modules |= {one.host for one in target.fused if key.startswith(f"{one.prefix}.")}
+            if (host := hosts.get(split_path(key)[0])) is not None:
+                draft.kept_modules.add(host)
             if key in found.pairs:
                 origin = found.pairs[key][0]
                 draft.dropped[origin] = Drop(origin, "the target keeps its own value (keep=)")
@@ -189,6 +193,9 @@ def _check_cast(draft: Draft, key: str, theirs: Entry, mine: Entry) -> None:
     if theirs.dtype.is_complex and not mine.dtype.is_complex:
         detail = f"{theirs.spec} cannot become {mine.spec} without losing its imaginary part"
         draft.problem(ProblemKind.LOSSY, key, detail, "prepare the model in the file's dtype")
+    if theirs.dtype is not mine.dtype and "float4" in str(theirs.dtype):
+        detail = f"{theirs.spec} holds two numbers in each element, which torch cannot convert to {mine.spec}"
+        draft.problem(ProblemKind.MISMATCHED, key, detail, "unpack it with the package that wrote it")
 
 
 def _missing(draft: Draft, missing: Sequence[str], found: Match) -> None:
@@ -199,12 +206,12 @@ def _missing(draft: Draft, missing: Sequence[str], found: Match) -> None:
             draft.steps[key] = Keep(key, "the file is older than this counter")
         missing = [key for key in missing if key not in draft.steps]
     total = len(draft.target.float_keys())
-    filled = sum(isinstance(step, Copy) for step in draft.steps.values())
+    filled = sum(isinstance(step, (Copy, Derive)) for step in draft.steps.values())
     if missing and (not filled or 2 * len(missing) > total):
         detail = f"the source fills {filled} of {total} float entries of the target"
         example = next(iter(draft.source.float_keys()), "nothing")
         remedy = f"the source holds names like {example}; choose the weights with select=, or map names with rename="
-        draft.problem(ProblemKind.MISSING, "<coverage>", detail, remedy)
+        draft.problem(ProblemKind.MISSING, COVERAGE, detail, remedy)
     for key in missing:
         site = _float_name(key, draft.target[key], found)
         under = "" if site == key else f" (looked for as {site})"

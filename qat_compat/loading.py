@@ -6,11 +6,13 @@ What is decided here is which evidence is asked for, and when: the data only for
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,22 +21,23 @@ from torch import nn
 from qat_compat.apply import Driving, apply
 from qat_compat.calibration import Calibration, fingerprint
 from qat_compat.draft import Goal
-from qat_compat.driving import Data
-from qat_compat.errors import CalibrationError, CompatError, PlanError, ProblemKind
+from qat_compat.driving import Data, batches_of
+from qat_compat.errors import CalibrationError, CompatError, PlanError, Problem, ProblemKind
 from qat_compat.evidence import contradictions, from_float_model, from_forward, from_statistics
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.isolation import paused_collector, preserved_random_state
-from qat_compat.join import join, without
+from qat_compat.join import COVERAGE, join, without
 from qat_compat.match import match
-from qat_compat.names import canonical
+from qat_compat.names import canonical, idle_patterns
 from qat_compat.norms import Evidence, Match
 from qat_compat.options import Options, calibration_of, check_options, device_of, globs_of
-from qat_compat.plan import Keep, Plan, Synthesize
+from qat_compat.plan import Keep, Plan, Synthesize, sorted_problems
 from qat_compat.progress import progress_bars
 from qat_compat.report import Report
 from qat_compat.schema import Schema, Stage
 from qat_compat.source import Source, SourceLike, open_any
 from qat_compat.staging import Reading
+from qat_compat.storage.beside import is_there
 from qat_compat.text import collapse, counted, shorten
 from qat_compat.unfold import norm_eps, unfold
 
@@ -85,7 +88,9 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
         driving = Driving(ready.data, options.inputs, options.statistic, partial(advance, "calibrate"))
         try:
             outcome = apply(ready.plan, reading, driving)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
             raise CompatError(
                 "there is not enough memory for what the load changes beside what the model holds",
                 file=ready.plan.source,
@@ -98,6 +103,11 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
     if ready.saved is not None and ready.saved.weights != fingerprint(ready.description):
         findings += ("the saved calibration was taken with other weights than the ones loaded here",)
     return Report(ready.plan, outcome.batches, outcome.losses, findings, time.perf_counter() - started)
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for devices; its allocator of host memory raises a bare RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _length(data: object) -> int | None:
@@ -148,8 +158,29 @@ def _prepare(model: nn.Module, source: SourceLike, options: Options, *, dry: boo
         unused=_float_names(options.float_model),
         names=(opened.checkpoint.name, f"{type(model).__name__} ({target.framework})"),
     )
+    plan = _with_other_reader(_with_idle_patterns(plan, kept, options), model)
     plan = replace(plan, warnings=(*opened.checkpoint.notes, *plan.warnings, *_notes(plan, description, options, kind)))
     return _Prepared(plan, opened, description, data, saved)
+
+
+def _with_idle_patterns(plan: Plan, source: Schema, options: Options) -> Plan:
+    """A pattern that matches no key is a slip of the pen where something is missing; else it may be for other files."""
+    idle = idle_patterns(source, options.rename)
+    if plan.ok:
+        return replace(plan, warnings=(*plan.warnings, *(f"rename= {p!r} matches no key of the source" for p in idle)))
+    detail, remedy = "rename= matches no key of the source", "check its spelling"
+    more = [Problem(ProblemKind.MISSING, pattern, detail, remedy) for pattern in idle]
+    return replace(plan, problems=sorted_problems([*plan.problems, *more]))
+
+
+def _with_other_reader(plan: Plan, model: nn.Module) -> Plan:
+    """Where most is missing, transformers may know the names: those on its disks are not always those of its models."""
+    folder = Path(plan.source) if os.path.isdir(plan.source) else Path(plan.source).parent  # noqa: PTH112 - any text
+    if plan.ok or not hasattr(type(model), "from_pretrained") or not is_there(folder / "config.json"):
+        return plan
+    remedy = f"pass {type(model).__name__}.from_pretrained({str(folder)!r}) as the source, which knows names of its own"
+    problems = [replace(one, remedy=remedy) if one.key == COVERAGE else one for one in plan.problems]
+    return replace(plan, problems=tuple(problems))
 
 
 def _matched(
@@ -193,8 +224,8 @@ def _matched(
 def _peek(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """The first batch, and data that still begins with it (an iterator can be consumed only once)."""
     if not isinstance(data, Iterator):
-        return next(iter(data), None), data
-    first = next(data, None)
+        return next(batches_of(data), None), data
+    first = next(batches_of(data), None)
     return first, data if first is None else itertools.chain([first], data)
 
 

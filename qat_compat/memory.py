@@ -11,6 +11,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -69,7 +70,8 @@ def _mapping(length: int) -> mmap.mmap:
     except OSError as error:
         raise MemoryError(f"{whole} bytes: {error.strerror}") from error
     assert _MADV_HUGEPAGE is not None
-    made.madvise(_MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without transparent huge pages
+        made.madvise(_MADV_HUGEPAGE)
     return made
 
 

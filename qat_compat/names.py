@@ -17,6 +17,7 @@ __all__ = [
     "common_path",
     "conventional",
     "either",
+    "idle_patterns",
     "is_positional",
     "renamed",
     "skeleton",
@@ -88,6 +89,22 @@ def renamed(name: str, rename: Rename) -> str:
             problem = Problem(ProblemKind.INVALID, pattern, f"rename pattern or replacement is not valid: {error}")
             raise PlanError([problem]) from error
     return name
+
+
+def idle_patterns(names: Iterable[str], rename: Rename) -> list[str]:
+    """The patterns that match no name, each seen as the pairs before have left it.
+
+    Example:
+        >>> idle_patterns(["net.fc.weight"], [(r"^net\\.", ""), (r"^fc\\.", "head."), (r"^net", "")])
+        ['^net']
+    """
+    idle = dict.fromkeys(range(len(rename)))
+    for name in names if rename else ():
+        for number, pair in enumerate(rename):
+            if number in idle and re.search(pair[0], name):
+                del idle[number]
+            name = renamed(name, (pair,))
+    return [rename[number][0] for number in idle]
 
 
 def renamed_path(path: str, rename: Rename) -> str:

@@ -102,7 +102,8 @@ def choose_range(histogram: RangeHistogram, statistic: str) -> tuple[Tensor, Ten
         low, high = _percentile(histogram)
     else:
         low, high = _search(histogram, _squared_error if statistic == "mse" else _divergence)
-    return torch.tensor(min(low, 0.0), device="cpu"), torch.tensor(max(high, 0.0), device="cpu")
+    ends = torch.tensor([min(low, 0.0), max(high, 0.0)], dtype=torch.float32, device="cpu")
+    return ends[0], ends[1]
 
 
 def _percentile(histogram: RangeHistogram) -> tuple[float, float]:

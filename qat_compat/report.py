@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,13 @@ class Report:
 
     def provenance(self, key: str) -> str:
         """Where the value of one target key came from: the step, the source's name for it if it differs, and why."""
-        for step in self.plan.steps:
-            if step.key == key:
-                of = f" of {step.source}" if isinstance(step, Copy) and step.source != key else ""
-                return f"{type(step).__name__.lower()}{of}: {reason_of(step)}"
-        raise KeyError(key)
+        step = self._by_key[key]
+        of = f" of {step.source}" if isinstance(step, Copy) and step.source != key else ""
+        return f"{type(step).__name__.lower()}{of}: {reason_of(step)}"
+
+    @cached_property
+    def _by_key(self) -> Mapping[str, Step]:
+        return {step.key: step for step in reversed(self.plan.steps)}  # of two, the target's comes first
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Everything, as JSON."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -44,8 +45,12 @@ class Source:
         if key in self.checkpoint:
             return self.checkpoint[key]
         hidden: Mapping[str, Tensor] = self.checkpoint.record.get("hidden") or {}
-        value: Tensor = hidden[key] if key in hidden else extra_state(self.checkpoint)[key]
+        value: Tensor = hidden[key] if key in hidden else self._extra[key]
         return value
+
+    @cached_property
+    def _extra(self) -> Mapping[str, Any]:
+        return extra_state(self.checkpoint)
 
     def computed(self, key: str, sources: tuple[str, ...], compute: Callable[..., Made]) -> Made:
         """What is computed from tensors of the checkpoint.
@@ -57,7 +62,7 @@ class Source:
         try:
             with torch.no_grad():
                 return compute(*tensors)
-        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (*_MALFORMED, AssertionError, ImportError, RuntimeError) as error:
             raise CheckpointError(
                 "the tensors that a weight is computed from do not fit together",
                 file=self.checkpoint.name,
@@ -114,7 +119,22 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
     return _described(open_source(source, select=select))
 
 
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 def _described(checkpoint: Checkpoint) -> Source:
+    try:
+        return _read_off(checkpoint)
+    except _MALFORMED as error:
+        raise CheckpointError(
+            "what lies beside the weights (a record, a configuration, a framework's own state) is malformed",
+            file=checkpoint.name,
+            found=f"{type(error).__name__}: {error}",
+            remedy="pass the weights alone, as a mapping",
+        ) from error
+
+
+def _read_off(checkpoint: Checkpoint) -> Source:
     specs = dict(checkpoint.specs)
     view = _view(specs, checkpoint)
     if (told := beside(view)) is not None:

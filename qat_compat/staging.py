@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import bisect
+import math
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,13 +23,13 @@ from qat_compat.schema import Role, Spec
 from qat_compat.source import Source, forms_of
 from qat_compat.state import Slot
 from qat_compat.storage import Extent, Read, read_all
+from qat_compat.storage.mapped import MappedFile
 from qat_compat.terms import written
 
 __all__ = ["Reading", "Staged", "stage"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CPU = torch.device("cpu")
-_IN_MEMORY = re.compile(r"(?:float\()*<")  # the name of a source that is no file
 _STREAMED = ("cpu", "cuda")  # devices that a file is read onto; others get copies of the mapping
 
 
@@ -150,6 +152,11 @@ def _reductions(plan: Plan, description: Description) -> dict[str, list[Reductio
     return found
 
 
+def _is_dense(target: Tensor) -> bool:
+    """Whether its memory holds its values one after the other, as a file does."""
+    return type(target) in _PLAIN and target.layout is torch.strided and target.is_contiguous()
+
+
 class _Stager:
     """What is decided tensor by tensor, so that all of them can then be read together."""
 
@@ -164,6 +171,8 @@ class _Stager:
         self.origin: dict[str, str] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.mapped: list[Tensor] = []
+        self.mappings: dict[MappedFile, mmap.mmap] = {}  # of this load alone: two models must not share pages
+        self.mapped_ends: dict[MappedFile, list[tuple[float, float]]] = {}  # in order
         self.streams: list[tuple[Slot, Spec, Extent]] = []
         self.forms = forms_of(reading.description)
 
@@ -179,7 +188,7 @@ class _Stager:
             self._compare(key, slot, source)
         else:
             self.origin[slot.key] = source
-            if not self._stream(slot, source):
+            if not (self._map(slot, source) or self._stream(slot, source)):
                 self._take(key, slot, self._read(source))
 
     def derive(self, key: str, source: str) -> None:
@@ -221,12 +230,35 @@ class _Stager:
         copy_all(self.copies)
         populate(self.mapped)
 
+    def _map(self, slot: Slot, source: str) -> bool:
+        """Whether the model can have the tensor over the file."""
+        if not self.reading.mmap or self._device(slot) != _CPU or not _is_dense(slot.tensor):
+            return False
+        spec, extent = self.source.spec(source), self.source.extent(source)
+        if extent is None or not extent.nbytes or spec != (tuple(slot.tensor.shape), slot.tensor.dtype):
+            return False
+        if extent.start % spec.dtype.itemsize:
+            return False  # kernels expect addresses that fit the element
+        file, start = extent.file, extent.start
+        ends = self.mapped_ends.setdefault(file, [])
+        at = bisect.bisect_right(ends, (start, math.inf))
+        before, after = ends[at - 1] if at else (0, 0), ends[at] if at < len(ends) else (math.inf, math.inf)
+        if before[1] > start or after[0] < start + extent.nbytes:
+            return False  # one storage of the file is not to become one of two parameters
+        ends.insert(at, (start, start + extent.nbytes))
+        if extent.check is not None:
+            extent.check()
+        mapping = self.mappings.get(file) or self.mappings.setdefault(file, file.mapped())
+        raw = torch.frombuffer(mapping, dtype=torch.uint8, count=extent.nbytes, offset=start)
+        value = raw.view(spec.dtype).view(spec.shape)
+        self.staged.tensors[slot.key] = value
+        self.mapped.append(value)
+        return True
+
     def _stream(self, slot: Slot, source: str) -> bool:
         """Whether the bytes of the file can be read straight into memory that the model then has."""
         target = slot.tensor
-        if self.reading.mmap or type(target) not in _PLAIN:
-            return False
-        if target.layout is not torch.strided or not target.is_contiguous():
+        if not _is_dense(target):
             return False
         if not (target.is_cpu or self._device(slot).type in _STREAMED):
             return False
@@ -274,7 +306,7 @@ class _Stager:
 
     def _take(self, key: str, slot: Slot, value: Tensor) -> None:
         """Take a tensor that has been read."""
-        target, staged, reading = slot.tensor, self.staged, self.reading
+        target, staged = slot.tensor, self.staged
         device = self._device(slot)
         if value.dtype != target.dtype:
             loss = cast_loss(value, target.dtype)
@@ -284,13 +316,6 @@ class _Stager:
                 return
             if loss is not None:
                 staged.losses[key] = loss.text
-        in_file = not _IN_MEMORY.match(self.source.checkpoint.name)  # what the caller holds is not to be shared with
-        as_it_is = value.dtype == target.dtype and value.device == device and value.shape == target.shape
-        if reading.mmap and in_file and as_it_is:
-            staged.tensors[slot.key] = value.detach()
-            if value.is_cpu:
-                self.mapped.append(value)
-            return
         if self._is_in_place(slot):
             staged.copies.append((target.data, value))
             return

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
         attributes = [(module, dict(module.__dict__)) for module in root.modules()]
         try:
             # two traces at once would each give `nn.Module` back what the other had put there
-            with _TRACING, preserved_random_state():
+            with _TRACING, preserved_random_state(), _own_methods():
                 found.append(_LeafTracer(leaves, branch).trace(root))
         except Exception:  # tracing runs the user's forward with proxies: any error at all means "cannot be traced"
             continue
@@ -113,6 +114,22 @@ def _trace(root: nn.Module, leaves: frozenset[int]) -> list[torch.fx.Graph]:
         if branch is None:
             break
     return found
+
+
+@contextmanager
+def _own_methods() -> Iterator[None]:
+    """What torch.fx replaces, methods of `nn.Module` and functions, is as before, whatever an interrupt cut short."""
+    module: Any = nn.Module
+    fx: Any = torch.fx._symbolic_trace
+    call, get, patcher = module.__call__, module.__getattr__, getattr(fx, "CURRENT_PATCHER", None)
+    try:
+        yield
+    finally:
+        left: Any = getattr(fx, "CURRENT_PATCHER", None)
+        if left is not None and left is not patcher:
+            left.revert_all_patches()
+            fx.CURRENT_PATCHER = patcher
+        module.__call__, module.__getattr__ = call, get
 
 
 def _without_data(model: nn.Module, leaves: Iterable[nn.Module]) -> nn.Module:
@@ -291,7 +308,7 @@ def watch_followers(
         hosts: Module paths to follow.
         passes: Which modules count as followers; only modules that hand their input on as it is can be seen through.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     origin: dict[int, tuple[str, Tensor]] = {}
     found: dict[str, list[str]] = {}
     handles = []

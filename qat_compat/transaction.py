@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,15 @@ from qat_compat.isolation import preserved_random_state
 from qat_compat.state import Slot
 
 __all__ = ["Transaction", "rehearsal"]
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 class Transaction:
@@ -38,9 +47,11 @@ class Transaction:
                 dict(m._buffers),
                 dict(m._modules),
                 set(m._non_persistent_buffers_set),
+                {name: dict(hooks) for name in _HOOKS if (hooks := m.__dict__.get(name))},
             )
             for m in changed
         ]
+        self.undo: list[Callable[[], object]] = []  # what else is to be called on the way back, the last first
         self._data = {key: slot.tensor.data for key, slot in self.slots.items()}
 
     def install(self, key: str, value: Tensor) -> None:
@@ -78,7 +89,22 @@ class Transaction:
                     module._buffers[name] = slot.tensor
 
     def roll_back(self) -> None:
-        for module, attributes, parameters, buffers, children, hidden in self._modules:
+        """Put everything back; an interrupt in the middle of it is raised when it is done."""
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self._put_back()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _put_back(self) -> None:
+        for undo in reversed(self.undo):
+            with suppress(Exception):  # a module's own code; the error that leads back is the one to be told
+                undo()
+        for module, attributes, parameters, buffers, children, hidden, hooks in self._modules:
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for mapping, saved in (
@@ -89,6 +115,11 @@ class Transaction:
                 mapping.clear()
                 mapping.update(saved)  # type: ignore[arg-type]
             module._non_persistent_buffers_set = hidden
+            for name in _HOOKS:  # handles of the user's hooks know these very mappings
+                now = module.__dict__.get(name, {})
+                if now != (before := hooks.get(name, {})):
+                    now.clear()
+                    now.update(before)
         for key, slot in self.slots.items():
             for tensor in slot.tensors:
                 tensor.data = self._data[key]

@@ -12,6 +12,7 @@ from qat_compat.casting import same_values
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
 from qat_compat.schema import Rounding, Stage
 from qat_compat.source import Source
+from qat_compat.text import collapse, shorten
 
 __all__ = ["check_ties", "reader"]
 
@@ -31,6 +32,15 @@ def _quantized_weights(source: Source) -> Mapping[str, Callable[[], Tensor]]:
     if source.description is not None:
         for quantizer in source.description.quantizers:
             found.update(quantizer.quantized_parameters())
+        if made := [key for key in found if key not in source.schema]:
+            raise CompatError(
+                "quantized layers compute their weights in every forward (pruning, a weight norm, a parametrization)",
+                file=source.checkpoint.name,
+                key=", ".join(shorten(collapse(made), 8)),
+                expected="weights that are tensors of the model",
+                remedy="make them permanent first (prune.remove, remove_weight_norm, remove_parametrizations), or take"
+                " the latent tensors",
+            )
         return found
     recorded = source.schema.roundings if source.schema.stage is Stage.PREPARED else {}
     if not recorded or any(isinstance(grid, str) for grid in recorded.values()):

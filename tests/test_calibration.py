@@ -9,7 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -399,3 +399,44 @@ def test_calibrate_takes_every_form_of_data() -> None:
         by_callable = qc.calibrate(model, lambda m: [m(batch) for batch in ARCH.batches()])
     assert_same_state(dict(by_callable.tensors), dict(first.tensors))
     assert by_callable.batches == 0
+
+
+def test_scales_that_are_learnt_are_not_set_by_training() -> None:
+    """torchao's range-learning quantizers refuse to run before they have one."""
+    arch, model = ARCHS["transformer"], prepared("torchao-learned", "transformer")
+    report = qc.load_checkpoint(model, arch.state(), calibration="defer")
+    assert any("training does not set it" in text for text in report.warnings)
+    assert any("make the optimizer after it" in text for text in report.warnings)
+    with pytest.raises(ValueError, match="must be initialized"):
+        model(arch.batches()[0])
+    report = qc.load_checkpoint(model, arch.state(), calibration=arch.batches())
+    assert not any("training does not set it" in text for text in report.warnings)
+    model(arch.batches()[0])
+
+
+class _Pair(NamedTuple):
+    image: Any
+    words: Any
+
+
+class _Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.fc = QuantStub(), nn.Linear(4, 2)
+
+    def forward(self, batch: Any) -> Tensor:
+        assert isinstance(batch["pair"], _Pair)
+        assert isinstance(batch["pair"].image[0], Tensor)
+        assert isinstance(batch["pair"].words, np.ndarray)
+        return self.fc(self.quant(batch["pair"].image[0]))
+
+
+def test_arrays_inside_of_a_batch_become_tensors() -> None:
+    model = _Nested().train()
+    model.qconfig = get_default_qat_qconfig("x86")
+    model = prepare_qat(model)
+    image = np.ones((3, 4), np.float32)
+    batch = ({"pair": _Pair([image], np.array(["a", "b", "c"]))},)
+    report = qc.load_checkpoint(model, _Nested().state_dict(), calibration=[batch])
+    assert report.batches == 1
+    assert float(model.quant.activation_post_process.activation_post_process.max_val) == 1

@@ -160,6 +160,22 @@ def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("x").exists()
 
 
+def test_the_layout_may_be_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    factory = "factories_of_test_cli:make_float"
+    assert main(["to-float", "qat.pt", "back.pt", "--like", factory]) == 0
+    assert list(torch.load("back.pt")) == list(make_float().state_dict())
+    assert main(["to-float", "qat.pt", "back.pt", "--like", "factories_of_test_cli:missing"]) == 2
+    assert "no such factory" in capsys.readouterr().err
+    pytest.importorskip("modelopt")
+    model = make_qat()
+    qc.load_checkpoint(model, "float.pt", calibration=[torch.ones(2, 1, 4, 4)])
+    qc.save_checkpoint(model, "trained.pt")
+    assert main(["convert", "trained.pt", "out", "--to", "modelopt"]) == 2
+    assert "like=" in capsys.readouterr().err
+    main(["convert", "trained.pt", "out", "--to", "modelopt", "--like", factory])
+    assert "ModelOpt cannot hold" in capsys.readouterr().err  # uneven grids: it is the model that was looked at
+
+
 @pytest.mark.parametrize("backup", [False, True])
 def test_to_float_keeps_what_it_replaces(backup: bool) -> None:
     Path("out").mkdir()

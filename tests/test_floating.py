@@ -269,3 +269,17 @@ def test_reading_back_is_lazy_and_leaves_the_model_untouched() -> None:
         values: dict[str, Tensor] = dict(back.items())
     assert not any(value.requires_grad for value in values.values())
     assert json.dumps(dict(back.metadata)) == "{}"
+
+
+@pytest.mark.parametrize("wrapper", ["compile", "DataParallel", "AveragedModel", "both"])
+def test_a_running_wrapper_is_not_part_of_the_names(wrapper: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    wrap: dict[str, Any] = {
+        "compile": torch.compile,
+        "DataParallel": nn.DataParallel,
+        "AveragedModel": torch.optim.swa_utils.AveragedModel,
+        "both": lambda inner: nn.DataParallel(torch.compile(inner)),
+    }
+    back = qc.to_float(wrap[wrapper](model))
+    assert list(back) == list(model.state_dict())
+    nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).load_state_dict(back, strict=True)

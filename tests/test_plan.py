@@ -13,7 +13,7 @@ import torch
 from flows import prepare_for
 from test_apply import CASES, prepared, untouched
 from torch import Tensor, nn
-from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+from torch.ao.quantization import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 from zoo import ARCHS
 
 import qat_compat as qc
@@ -282,6 +282,41 @@ def test_planning_is_linear(case: str) -> None:
 
     small, large = calls(500), calls(2_000)
     assert large <= 4.2 * small, (small, large)
+
+
+class _Noting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.note = nn.Parameter(torch.zeros(1)), 0
+
+    def get_extra_state(self) -> int:
+        return self.note
+
+    def set_extra_state(self, state: int) -> None:
+        self.note = state
+
+
+def test_extra_state_is_linear() -> None:
+    def calls(count: int) -> int:
+        model, state = (nn.ModuleList(_Noting() for _ in range(count)) for _ in range(2))
+        return _calls(lambda: qc.load_checkpoint(model, state.state_dict()))
+
+    small, large = calls(100), calls(400)
+    assert large <= 4.3 * small, (small, large)
+
+
+def test_keeping_what_is_fused_is_linear() -> None:
+    """Four times the blocks, of which all are kept."""
+
+    def calls(count: int) -> int:
+        blocks = [nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)) for _ in range(count)]
+        model = fuse_modules_qat(nn.Sequential(*blocks).train(), [[f"{i}.0", f"{i}.1"] for i in range(count)])
+        model.qconfig = get_default_qat_qconfig("x86")
+        model = prepare_qat(model)
+        return _calls(lambda: qc.plan_load(model, {"x": torch.zeros(1)}, keep="*", drop="x", calibration="defer"))
+
+    small, large = calls(20), calls(80)
+    assert large <= 4.5 * small, (small, large)
 
 
 def test_planning_a_live_model_end_to_end_is_linear() -> None:

@@ -144,3 +144,11 @@ def test_an_error_with_problems_goes_from_process_to_process() -> None:
     for same in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
         assert type(same) is qc.PlanError
         assert (str(same), same.problems, same.file) == (str(error), (problem,), "a.pt")
+
+
+def test_a_pattern_that_matches_nothing_is_said() -> None:
+    state = {f"enc.{key}": value for key, value in nn.Linear(2, 2).state_dict().items()}
+    report = qc.load_checkpoint(nn.Linear(2, 2), state, rename=[(r"^enc\.", ""), (r"^haed", "")])
+    assert report.warnings == ("rename= '^haed' matches no key of the source",)
+    with pytest.raises(qc.PlanError, match=r"\^haed: rename= matches no key of the source; check its spelling"):
+        qc.load_checkpoint(nn.Linear(2, 3), state, rename=[(r"^enc\.", ""), (r"^haed", "")])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import operator
 import re
-import sys
 from typing import Any
 
 from torch import nn
 
 from qat_compat.api import plan_load
 from qat_compat.cli.console import console
-from qat_compat.errors import CompatError, ProblemKind
+from qat_compat.cli.factory import made_by
+from qat_compat.errors import ProblemKind
 from qat_compat.report import fit, write_page
 from qat_compat.text import counted
 
@@ -52,7 +50,7 @@ def _renaming(text: str) -> tuple[str, str]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    model, how = _made_by(arguments.factory), arguments.calibration
+    model, how = made_by(arguments.factory), arguments.calibration
     options = {name: getattr(arguments, name) for name in ("select", "keep", "drop", "rename")}
     plan = plan_load(model, arguments.file, calibration=how if how not in ("batches", "none") else None, **options)
     needed = any(problem.kind is ProblemKind.UNCALIBRATED for problem in plan.problems)
@@ -70,35 +68,3 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _batches(model: nn.Module) -> None:
     """Stands for calibration data: a plan says what the data is for, and reads none of it."""
-
-
-def _made_by(factory: str) -> nn.Module:
-    """What the user's own function returns. An exception of that function is the user's, and is shown as it is."""
-    name, colon, attribute = factory.partition(":")
-    if not (name and colon and attribute):
-        raise CompatError("this names no factory", key=factory, expected="module:factory", found=factory)
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script does not look into the current folder by itself
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and something that it imports is not
-        raise CompatError(
-            "there is no such module",
-            key=factory,
-            found=error,
-            remedy="run this where it can be imported: from its folder, or with PYTHONPATH",
-        ) from error
-    try:
-        make = operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise CompatError("the module has no such factory", key=factory, found=error) from error
-    if not callable(make):
-        raise CompatError("this is no factory", key=factory, expected="a callable", found=type(make).__name__)
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise CompatError(
-            "the factory returned no model", key=factory, expected="an nn.Module", found=type(model).__name__
-        )
-    return model

@@ -182,6 +182,7 @@ def describe_model(model: nn.Module) -> Description:
         _non_persistent(view),
         recorded=True,
         grids={q.name: grid for q in quantizers if (grid := q.grid())},
+        unreadable=framework.unreadable(view),
     )
     return Description(view, schema, tuple(quantizers), framework)
 

@@ -113,7 +113,8 @@ def _quantizer_of(tensor: Tensor, view: KeyView) -> str:
 
 
 def _tensors(quantizer: str, found: Numbers, affine: bool) -> dict[str, torch.Tensor]:
-    scale, offset = torch.tensor(found.scale, device="cpu"), torch.tensor(found.offset, dtype=torch.int32, device="cpu")
+    scale = torch.tensor(found.scale, dtype=torch.float32, device="cpu")
+    offset = torch.tensor(found.offset, dtype=torch.int32, device="cpu")
     held = dict(zip(_ENCODED, (scale, offset) if affine else (scale,), strict=False))
     # one number is one for the whole tensor: a list of one says no more than that
     return {f"{quantizer}.{leaf}": value if len(value) > 1 else value[0] for leaf, value in held.items()}

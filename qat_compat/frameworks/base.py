@@ -133,6 +133,10 @@ class Quantizer(ABC):
     def ranges(self) -> list[Tensor]:
         """The tensors that hold what was observed; NaN or inf in them means NaN or inf in what was seen."""
 
+    def misshapen(self, leaves: Collection[str]) -> Iterable[Problem]:
+        """Say which of these tensors of its state, which a checkpoint gave, have a shape that no quantizer can use."""
+        return ()
+
     @abstractmethod
     def check(self) -> Iterable[Problem]:
         """Say what no quantizer can use: scales, zero points, channel counts."""
@@ -287,9 +291,7 @@ class Framework(ABC):
 
     name: str
     live_stage: Stage = Stage.PREPARED  # of a model that it owns
-    extends: str = (
-        ""  # name of the framework whose modules it puts in wrappers of its own: the same state, in one place
-    )
+    extends: str = ""  # name of the framework whose modules it wraps: the same state, in other places
 
     @abstractmethod
     def owns_model(self, view: ModelView) -> bool:
@@ -330,6 +332,10 @@ class Framework(ABC):
 
     def constants(self, view: ModelView) -> Mapping[str, str]:
         """Keys of the prepared model that the float model's state_dict may lack by design, and why."""
+        return {}
+
+    def unreadable(self, view: ModelView) -> Mapping[str, str]:
+        """Keys of tensors of the float model that the prepared one holds in another form, and in which."""
         return {}
 
     def record(self, view: ModelView) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.conventions import Form, Grid
+from qat_compat.derived import weight_of
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer
 from qat_compat.schema import Role
@@ -81,7 +82,7 @@ class Proxy(Quantizer):
         if self._collectors or self._running:
             self.needs = Needs.DATA
         elif self._from_weight and self._is_weight:
-            self.needs, self.source = Needs.WEIGHTS, lambda: _weight_of(host)
+            self.needs, self.source = Needs.WEIGHTS, lambda: weight_of(host)
         elif self.leaves:
             self.needs = Needs.DEFINITION
 
@@ -252,7 +253,7 @@ class Proxy(Quantizer):
         with torch.no_grad():
             value = self._tensor(leaf)
             seen = float((value.exp2() if self._is_log() else value.abs()).max())
-            now = float(_weight_of(self._host).abs().max())
+            now = float(weight_of(self._host).abs().max())
         return now / seen if seen > 0 and now > 0 else None
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
@@ -266,11 +267,6 @@ class Proxy(Quantizer):
                 remedy="load or calibrate the model first, or take the latent weights",
             )
         with torch.no_grad():
-            out: Any = self.module(_weight_of(self._host))
+            out: Any = self.module(weight_of(self._host))
             value: Tensor = getattr(out, "value", out)
         return value
-
-
-def _weight_of(host: Any) -> Tensor:
-    weight: Tensor = host.weight
-    return weight

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,12 +93,14 @@ class ConvertedPT2E(KeyedFramework):
                 weights.setdefault(spec.shape, []).append(key)
         found: dict[str, Decoded] = {}
         for shape, frozen in integers.items():
-            fitting = [key for key in scales if view.specs[key].shape[0] in shape]
+            fitting = [key for key in scales if view.specs[key].shape[:1] and view.specs[key].shape[0] in shape]
             others = [*fitting, *(key.replace("_scale_", "_zero_point_") for key in fitting)]
-            for key in weights.get(shape, ()):
-                group = _Group(key, tuple(weights[shape]), len(frozen), len(fitting))
+            group = _Group(tuple(weights.get(shape, ())), len(frozen), len(fitting))
+            for index, key in enumerate(group.weights):
                 recipe = Recipe(
-                    (*weights[shape], *frozen, *others), "the integers that are this weight, rounded", group
+                    (*group.weights, *frozen, *others),
+                    "the integers that are this weight, rounded",
+                    partial(group.value, index),
                 )
                 found[key] = Decoded(plain_entry(key, view.specs[key]), recipe)
         return found
@@ -171,49 +174,68 @@ def _number(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-@dataclass(frozen=True)
 class _Group:
     """Float weights and integers of one shape, of which the values alone tell which belong together.
 
+    They are paired when the first weight is asked for: in the order of the graph, which nearly always is that of the
+    keys, so that the first pair that is tried fits.
+
     Args:
-        name: The weight that is wanted.
         weights: Keys of all weights of the shape.
         integers: Number of integer tensors of the shape.
         scales: Number of per-channel scales that may be theirs.
     """
 
-    name: str
-    weights: tuple[str, ...]
-    integers: int
-    scales: int
+    def __init__(self, weights: tuple[str, ...], integers: int, scales: int) -> None:
+        self.weights, self.integers, self.scales = weights, integers, scales
+        self._pairs: dict[int, tuple[int, int, int]] | None = None  # weight -> integers, scale, axis
+        self._are_explained = False  # whether all integers are some weight
 
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        """The float values of the integers of `name`, or `name` itself where every integer tensor is another's."""
+    def value(self, index: int, *tensors: Tensor) -> Tensor:
+        """The float values of a weight's integers, or the weight itself where every integer tensor is another's."""
         weights, rest = tensors[: len(self.weights)], tensors[len(self.weights) :]
         integers, rest = rest[: self.integers], rest[self.integers :]
         qparams = list(zip(rest[: self.scales], rest[self.scales :], strict=True))
-        wanted = weights[self.weights.index(self.name)]
-        if (value := _find(wanted, integers, qparams)) is not None:
-            return value
-        for candidate in integers:
-            if all(_find(weight, [candidate], qparams) is None for weight in weights):
+        if self._pairs is None:
+            self._pairs = self._paired(weights, integers, qparams)
+            self._are_explained = len({which for which, *_ in self._pairs.values()}) == len(integers)
+        if index not in self._pairs:
+            if not self._are_explained:
+                name = self.weights[index]
                 raise QParamError(
-                    f"integers of the shape of {self.name} are no weight of the file, rounded with one of its scales",
-                    key=self.name,
+                    f"integers of the shape of {name} are no weight of the file, rounded with one of its scales",
+                    key=name,
                     expected="every integer tensor beside its scale and the float weight that it was rounded from",
                     found="perhaps one scale for the whole tensor, which is a number in the graph and in no file",
                     remedy="pass the converted module, or the file that save_checkpoint writes of it",
                 )
-        return wanted
+            return weights[index]
+        which, scale, axis = self._pairs[index]
+        return _dequantized(integers[which], *qparams[scale], axis, weights[index].dtype)
+
+    def _paired(
+        self, weights: Sequence[Tensor], integers: Sequence[Tensor], qparams: Sequence[tuple[Tensor, Tensor]]
+    ) -> dict[int, tuple[int, int, int]]:
+        found: dict[int, tuple[int, int, int]] = {}
+        left, free = dict(enumerate(integers)), dict(enumerate(qparams))
+        for index, weight in enumerate(weights):
+            one = _find(weight, left, free) or _find(weight, dict(enumerate(integers)), dict(enumerate(qparams)))
+            if one is not None:
+                found[index] = one
+                left.pop(one[0], None)
+                free.pop(one[1], None)
+        return found
 
 
-def _find(weight: Tensor, integers: Sequence[Tensor], qparams: Sequence[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """The float values of those integers that are `weight`, rounded."""
-    for candidate in integers:
-        for scale, zero_point in qparams:
+def _find(
+    weight: Tensor, integers: Mapping[int, Tensor], qparams: Mapping[int, tuple[Tensor, Tensor]]
+) -> tuple[int, int, int] | None:
+    """Which integers are `weight`, rounded, with which scale along which axis."""
+    for which, candidate in integers.items():
+        for number, (scale, zero_point) in qparams.items():
             for axis in (axis for axis, size in enumerate(weight.shape) if size == len(scale)):
                 if _is_rounded(weight, candidate, scale, zero_point, axis):
-                    return _dequantized(candidate, scale, zero_point, axis, weight.dtype)
+                    return which, number, axis
     return None
 
 

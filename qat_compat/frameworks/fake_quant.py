@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +48,9 @@ LEAVES: Mapping[str, Role] = {
     f"{OBSERVER}.scale":                Role.CONSTANT,
     f"{OBSERVER}.zero_point":           Role.CONSTANT,
 }  # fmt: skip
+
+_FLAGS = frozenset(leaf for leaf, role in LEAVES.items() if role is Role.ENABLED)
+_REMEDY = "calibrate this quantizer anew, or take it from a sound file"
 
 # a fused kernel and the Python formula differ in the last bits; another grid differs by a factor near 2
 _SCALE_TOLERANCE = 0.05
@@ -316,11 +319,29 @@ class FakeQuant(Quantizer):
             return False
         return low.numel() == 0 or bool((low == float("inf")).all())
 
+    def misshapen(self, leaves: Collection[str]) -> Iterable[Problem]:
+        taken, expected = {leaf.rpartition(".")[2] for leaf in leaves}, self.channels()
+        for owner, names in ((self.observer, ("min_val", "max_val")), (self.module, ("scale", "zero_point"))):
+            held = [value for name in names if isinstance(value := getattr(owner, name, None), Tensor)]
+            if len(held) < 2 or taken.isdisjoint(names):
+                continue
+            first, second = (tuple(value.shape) for value in held)
+            # of a range, nothing was seen yet; of scale and zero_point, the default that goes with that
+            counts = {expected, 0 if owner is self.observer else 1} if expected is not None else {math.prod(first)}
+            if first != second or math.prod(first) not in counts or (owner is self.module and len(first) != 1):
+                what = f", for {counted(expected, 'channel')}" if expected is not None else ""
+                detail = f"{names[0]} has the shape {list(first)} and {names[1]} {list(second)}{what}"
+                yield Problem(ProblemKind.INVALID, self.name, detail, _REMEDY)
+        for name in taken & _FLAGS:
+            if (flag := getattr(self.module, name)).numel() != 1:
+                detail = f"the switch has the shape {list(flag.shape)}"
+                yield Problem(ProblemKind.INVALID, f"{self.name}.{name}", detail, _REMEDY)
+
     def check(self) -> Iterable[Problem]:
         scale, zero_point = getattr(self.module, "scale", None), getattr(self.module, "zero_point", None)
         if not isinstance(scale, Tensor) or not isinstance(zero_point, Tensor):
             return
-        key, remedy = f"{self.name}.scale", "calibrate this quantizer anew, or take it from a sound file"
+        key, remedy = f"{self.name}.scale", _REMEDY
         untouched = self._untouched()
         if not untouched and any(not bool(torch.isfinite(value).all()) for value in self.ranges()):
             yield Problem(ProblemKind.INVALID, self.name, "its min_val or max_val is not finite", remedy)

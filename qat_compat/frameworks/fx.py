@@ -228,21 +228,21 @@ class FX(TorchAO):
         return f"node:{join_path(parent, producer.name)}"  # a tracer's own number: it names nothing in another graph
 
     def chains(self, view: ModelView, hosts: list[str]) -> Mapping[str, tuple[str, ...]]:
-        found = dict(super().chains(view, [h for h in hosts if not self._graph_above(view, h)]))
+        found = dict(super().chains(view, [h for h in hosts if self._graph_above(view, h) is None]))
         for path, graph in graphs_of(view).items():
-            inside = [host for host in hosts if self._graph_above(view, host) == (path,)]
+            inside = [host for host in hosts if self._graph_above(view, host) == path]
             found.update(_scan_scopes(graph, path, inside))
         return found
 
     @staticmethod
-    def _graph_above(view: ModelView, host: str) -> tuple[str, ...]:
-        """The path of the nearest graph module above `host`, as a 1-tuple, or () where there is none."""
+    def _graph_above(view: ModelView, host: str) -> str | None:
+        """The path of the nearest graph module above `host`; None where there is none."""
         parent = host
         while parent:
             parent = split_path(parent)[0]
             if isinstance(view.modules.get(parent), torch.fx.GraphModule):
-                return (parent,)
-        return ()
+                return parent
+        return None
 
     def constants(self, view: ModelView) -> Mapping[str, str]:
         found: dict[str, str] = {}
@@ -272,10 +272,8 @@ def _fused_chain(node: torch.fx.Node) -> str | None:
             stack = list((current.meta.get("nn_module_stack") or {}).values())
             module, owner = stack[-1] if stack else ("", "")
             return f"{module}{after}" if module and str(owner).startswith("torch.nn.modules.") else None
-        elif not (
-            kind in ("div", "add") and "+bn" in after
-        ):  # how the export flow undoes what it multiplied weights by
-            return None
+        elif kind not in ("div", "add") or "+bn" not in after:
+            return None  # those two are how the export flow undoes what it multiplied weights by
         current = current.args[0] if current.args else None
     return None
 

@@ -76,7 +76,7 @@ def _decode(host: str, view: KeyView) -> Decoded | str:
     if any(len(specs[part].shape) != 2 for part in ("qweight", "qzeros", "scales")):
         return f"its words ({specs['qweight']}) are those of no linear layer"
     form = _awq(specs) or _gptq(specs, view)
-    if form is not None and form.compute.func is _from_gptq and view.config.get("quant_method") != "gptq":
+    if form is not None and form.needs_config and view.config.get("quant_method") != "gptq":
         return "whether its zero points are stored less 1, only the config.json says that belongs beside a GPTQ file"
     if form is None:
         return f"its words ({specs['qweight']}) and scales ({specs['scales']}) are neither GPTQ of 2, 4, 8 bits nor AWQ"
@@ -92,6 +92,7 @@ class _Form(NamedTuple):
     inputs: int
     how: str
     compute: partial[Tensor]
+    needs_config: bool = False
 
 
 def _awq(specs: Mapping[str, Spec]) -> _Form | None:
@@ -114,7 +115,9 @@ def _gptq(specs: Mapping[str, Spec], view: KeyView) -> _Form | None:
     less = 0 if view.config.get("checkpoint_format") == _V2 else 1
     if ("g_idx" not in specs and inputs % max(groups, 1)) or said not in (None, bits):
         return None
-    return _Form(inputs, f"GPTQ values of {bits} bits times their scale", partial(_from_gptq, bits=bits, less=less))
+    return _Form(
+        inputs, f"GPTQ values of {bits} bits times their scale", partial(_from_gptq, bits=bits, less=less), True
+    )
 
 
 def _from_gptq(held: Mapping[str, Tensor], *, bits: int, less: int) -> Tensor:

@@ -38,7 +38,11 @@ class Decoded(NamedTuple):
 
 
 class KeyedFramework(Framework):
-    """A framework of which only checkpoints are described; its models are read as the modules that they are."""
+    """A framework whose checkpoints are told by tables of keys.
+
+    As it is, its models are read as the modules that they are; one that knows them overrides :meth:`owns_model` and
+    :meth:`quantizers`.
+    """
 
     folds = False  # whether converting folds normalizations into the layers before them
 

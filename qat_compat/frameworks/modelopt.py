@@ -29,7 +29,14 @@ from qat_compat.conventions import Grid
 from qat_compat.encodings import Encoded, as_amax
 from qat_compat.frameworks.base import KeyView, ModelView, Needs, Quantizer
 from qat_compat.frameworks.key_tables import KeyedFramework, Place, site_of
-from qat_compat.frameworks.modelopt_quantizer import AmaxQuantizer, Settings, is_quantizer, settings_from
+from qat_compat.frameworks.modelopt_quantizer import (
+    TURNED,
+    AmaxQuantizer,
+    Settings,
+    is_quantizer,
+    is_turned,
+    settings_from,
+)
 from qat_compat.schema import Entry, Role, Spec, Stage
 from qat_compat.state import join_path, modules_like, split_path
 
@@ -93,6 +100,10 @@ class ModelOpt(KeyedFramework):
         for quantizer in found.values():
             quantizer.lazy = lazy
         return list(found.values())
+
+    def unreadable(self, view: ModelView) -> Mapping[str, str]:
+        turned = [path for path, module in view.modules.items() if is_turned(module)]
+        return {join_path(path, "weight"): TURNED for path in turned}
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
         return Entry(quantizer.site, LEAVES.get(leaf, Role.CONSTANT), *spec, quantizer.name, leaf)
@@ -172,4 +183,4 @@ def _find_weights(view: ModelView, found: Mapping[int, AmaxQuantizer]) -> None:
 
             for module in whole.modules():
                 if id(module) in found:
-                    found[id(module)].take_weight(source, join_path(path, name) if name else "", whole)
+                    found[id(module)].take_weight(source, host, join_path(path, name) if name else "", whole)

@@ -18,7 +18,7 @@ from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer, Reduction
 from qat_compat.ranges import magnitude
 
-__all__ = ["AmaxQuantizer", "Settings", "amax_shape", "is_quantizer", "settings_from"]
+__all__ = ["TURNED", "AmaxQuantizer", "Settings", "amax_shape", "is_quantizer", "is_turned", "settings_from"]
 
 _PLAIN_ALGORITHMS = ("max_calibrate", "_no_calibrate", "quantize")
 
@@ -99,6 +99,18 @@ def is_quantizer(module: nn.Module) -> bool:
     )
 
 
+TURNED = "ModelOpt keeps the weight of a Conv1D of transformers as its transpose, which is not undone here"
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether ModelOpt made a linear layer of a `Conv1D` of transformers (GPT-2), whose weight is (inputs, outputs).
+
+    Source: `_QuantConv1D.convert` of modelopt 0.47.
+    """
+    owner: Any = module
+    return hasattr(type(module), "original_cls") and owner.original_cls.__name__ == "Conv1D"
+
+
 class AmaxQuantizer(Quantizer):
     """A ModelOpt `TensorQuantizer`."""
 
@@ -107,6 +119,7 @@ class AmaxQuantizer(Quantizer):
         self.settings = settings_from(vars(module))
         self.parameter = ""  # key of the weight that `source` gives
         self.whole: nn.Module = module  # all quantizers in a row
+        self.is_of_turned = False  # see `is_turned`
         self.lazy = False  # whether the model has yet to be calibrated
         self._algorithm = algorithm
         self._before: tuple[bool, bool] | None = None
@@ -116,9 +129,10 @@ class AmaxQuantizer(Quantizer):
         elif self.settings.dynamic or owner.is_mx_format:
             self.needs = Needs.NOTHING
 
-    def take_weight(self, source: Callable[[], Tensor], parameter: str, whole: nn.Module) -> None:
+    def take_weight(self, source: Callable[[], Tensor], host: nn.Module, parameter: str, whole: nn.Module) -> None:
         """Say that this quantizes a tensor of the model's own."""
         self.parameter, self.whole = parameter, whole
+        self.is_of_turned = is_turned(host)
         if self.needs is Needs.DATA:
             self.needs, self.source = Needs.WEIGHTS, source
 
@@ -213,6 +227,8 @@ class AmaxQuantizer(Quantizer):
             return f"the model was calibrated with {name!r}, which the engine does not run; it runs 'max'"
         if type(module._calibrator).__name__ != "MaxCalibrator":
             return f"its calibrator is a {type(module._calibrator).__name__}, not a MaxCalibrator"
+        if self.is_of_turned:
+            return TURNED
         if module._bias is not None:
             return "it has an affine bias, which the engine does not calibrate"
         if module.is_nvfp4_static or getattr(module, "_global_amax", None) is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.conventions import Form, Grid
+from qat_compat.derived import weight_of
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer, Reduction
 from qat_compat.ranges import magnitude
@@ -33,7 +34,7 @@ class HookQuantizer(Quantizer):
     """A quantizer that NNCF 3.x hooks on an operation."""
 
     def __init__(self, names: tuple[str, ...], module: nn.Module, site: str, host: nn.Module | None, path: str) -> None:
-        source = (lambda: _weight_of(host)) if host is not None else None
+        source = (lambda: weight_of(host)) if host is not None else None
         super().__init__(names, module, site, Needs.WEIGHTS if host is not None else Needs.DATA, source)
         owner: Any = module
         self._symmetric = "_scale_param_storage" in module._parameters
@@ -207,11 +208,6 @@ class Factor(Quantizer):
 
     def check(self) -> Iterable[Problem]:
         return ()
-
-
-def _weight_of(host: nn.Module) -> Tensor:
-    weight: Tensor = host.weight  # type: ignore[assignment]
-    return weight
 
 
 def _parameters(module: nn.Module, low: Tensor, high: Tensor, *, half_range: bool) -> Any:

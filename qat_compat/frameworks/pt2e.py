@@ -109,11 +109,7 @@ class PT2E(FX):
 
 
 def _is_batch_norm(node: torch.fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and str(node.target).split(".")[1:2] != []
-        and any(str(node.target).split(".")[1] == name for name in BATCH_NORMS)
-    )
+    return node.op == "call_function" and str(node.target).split(".")[1:2] in ([name] for name in BATCH_NORMS)
 
 
 def _shallow_copy(module: nn.Module) -> torch.fx.GraphModule:

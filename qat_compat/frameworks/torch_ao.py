@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_compat.derived import weight_like, weight_of
 from qat_compat.frameworks.base import (
     Framework,
     KeyView,
@@ -68,8 +69,7 @@ def quantized_weight(module: nn.Module) -> Tensor:
     Source: `_ConvBnNd._forward_approximate` and `LinearBn1d.forward` of torch 2.13, operation by operation, so that
     the bits are the same.
     """
-    owner: Any = module
-    weight: Tensor = owner.weight
+    weight = weight_of(module)
     return weight * norm_factor(module) if _is_fused_qat(module) else weight
 
 
@@ -78,7 +78,7 @@ def norm_factor(module: nn.Module) -> Tensor:
     owner: Any = module
     running_std = torch.sqrt(owner.bn.running_var + owner.bn.eps)
     factor: Tensor = owner.bn.weight / running_std
-    return factor.reshape([-1] + [1] * (owner.weight.dim() - 1))
+    return factor.reshape([-1] + [1] * (weight_like(module).dim() - 1))
 
 
 def _is_fused_qat(module: nn.Module) -> bool:
@@ -141,7 +141,7 @@ class TorchAO(Framework):
         parent, leaf = split_path(names[0])
         host = view.modules[parent]
         if leaf == "weight_fake_quant":
-            weight: Any = host.weight
+            weight = weight_like(host)
             axis = getattr(module, "ch_axis", -1)
             channels = weight.shape[axis] if axis >= 0 else None
             factor = (lambda: norm_factor(host)) if _is_fused_qat(host) else None

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_compat.derived import weight_like, weight_of
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.torchao_grids import as_json, rebuilt, rounding
@@ -60,7 +61,7 @@ class IntxQuantizer(Quantizer):
         needs = Needs.NOTHING if not static else Needs.WEIGHTS if weight else Needs.DATA
         kind = "weight" if weight else "input"
         super().__init__(
-            names, module, f"{kind}:{host_path}", needs, (lambda: _weight_of(host)) if static and weight else None
+            names, module, f"{kind}:{host_path}", needs, (lambda: weight_of(host)) if static and weight else None
         )
         self.learns = bool(getattr(config, "range_learning", False))
         self._host, self._host_path, self._is_weight = host, host_path, weight
@@ -89,9 +90,12 @@ class IntxQuantizer(Quantizer):
         else:
             self.module(value)
 
+    def observes_in_training(self) -> bool:
+        return not self.learns  # such a one refuses to run before it has a scale
+
     def reduction(self) -> Reduction | None:
         """The qparams of a group of weights are worked out from its two ends."""
-        weight = _weight_of(self._host)
+        weight = weight_like(self._host)
         if type(self.module).__name__ != "IntxFakeQuantizer" or self.source is None or weight.dim() != 2:
             return None
         granularity = self._granularity()
@@ -184,7 +188,7 @@ class IntxQuantizer(Quantizer):
         enabled, module.enabled = module.enabled, True
         try:
             with torch.no_grad():
-                value: Tensor = module(_weight_of(self._host))
+                value: Tensor = module(weight_of(self._host))
             return value, module.scale, module.zero_point
         finally:
             module.enabled = enabled
@@ -196,7 +200,7 @@ class IntxQuantizer(Quantizer):
         if not self._is_weight or config is None:
             return {}
         inputs = getattr(getattr(self._host, _ACTIVATION, None), "config", None)
-        key, weight = join_path(self._host_path, "weight"), _weight_of(self._host)
+        key, weight = join_path(self._host_path, "weight"), weight_like(self._host)
         spec = Spec(tuple(weight.shape), weight.dtype)
         found = rounding(key, as_json(config), None if inputs is None else as_json(inputs), spec, (), self._seen)
         return {} if found is None else {key: found}
@@ -216,26 +220,21 @@ class IntxQuantizer(Quantizer):
         granularity: Any = getattr(getattr(self.module, "config", None), "granularity", None)
         if not self._is_weight or granularity is None:
             return None
-        rows, columns = _weight_of(self._host).shape
+        rows, columns = weight_like(self._host).shape
         return int(rows * (columns // getattr(granularity, "group_size", columns)))
 
     def restore(self, leaf: str, value: Tensor) -> None:
         module: Any = self.module
         module._initialized = True
-        value = value.to(_weight_of(self._host).device)
+        value = value.to(weight_like(self._host).device)
         if self._is_weight:  # one number per row or group, in whatever shape another framework has them
             precision = getattr(module.config, f"{leaf}_precision")
-            value = value.reshape(len(_weight_of(self._host)), -1).to(precision)
+            value = value.reshape(len(weight_like(self._host)), -1).to(precision)
         constant = leaf == "zero_point" and module.config.is_symmetric
         learnt = self.learns and value.is_floating_point() and not constant
         setattr(module, leaf, nn.Parameter(value) if learnt else value)
         if leaf == "scale" and module.zero_point is None:
             module.zero_point = torch.zeros_like(value, dtype=module.config.zero_point_precision)
-
-
-def _weight_of(host: nn.Module) -> Tensor:
-    weight: Tensor = host.weight  # type: ignore[assignment]
-    return weight
 
 
 class TorchAOQAT(Framework):
@@ -246,12 +245,20 @@ class TorchAOQAT(Framework):
     def owns_model(self, view: ModelView) -> bool:
         return any(_is_quantizer(module) for module in view.kinds)
 
-    def quantizers(self, view: ModelView) -> list[Quantizer]:
-        found: list[Quantizer] = []
+    def quantizers(self, view: ModelView) -> list[IntxQuantizer]:  # type: ignore[override]
+        found: list[IntxQuantizer] = []
         for names, module in modules_like(view.model, _is_quantizer):
             parent, leaf = split_path(names[0])
             found.append(IntxQuantizer(names, module, view.modules[parent], parent, leaf))
         return found
+
+    def notes(self, view: ModelView, float_model: nn.Module | None) -> list[str]:
+        if any(q.learns and "scale" not in q.module._parameters for q in self.quantizers(view)):
+            return [
+                "the scales that quantizers learn become parameters with this load: make the optimizer after it, or add"
+                " them with add_param_group"
+            ]
+        return []
 
     def leaf_entry(self, quantizer: Quantizer, leaf: str, key: str, spec: Spec) -> Entry:
         return Entry(quantizer.site, _LEAVES.get(leaf, Role.BUFFER), *spec, quantizer.name, leaf)
@@ -305,6 +312,7 @@ def _recorded_roundings(view: KeyView) -> dict[str, Rounding | str]:
     for host in dict.fromkeys(split_path(name)[0] for name in known):
         key, quantizer = join_path(host, "weight"), join_path(host, _WEIGHT)
         if key not in view.specs:
+            found[key] = UNROUNDED  # the layer computes it in every forward
             continue
         about = known.get(quantizer, {})
         leaves = tuple(leaf for leaf in _LEAVES if join_path(quantizer, leaf) in view.specs)

@@ -28,6 +28,7 @@ __all__ = ["as_json", "rebuilt", "rounding"]
 Config = Mapping[str, Any]
 Seen = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
+_GRANULARITIES = ("PerAxis", "PerGroup", "PerRow", "PerTensor", "PerToken")
 _INTEGERS = ("IntxFakeQuantizeConfig", "FakeQuantizeConfig")
 
 
@@ -123,7 +124,10 @@ def rebuilt(about: Config, leaves: tuple[str, ...], weight: Tensor, *held: Tenso
 
     fields = {name: value for name, value in about.items() if name != "class"}
     sizes = {name: value for name, value in about["granularity"].items() if name != "class"}
-    fields["granularity"] = getattr(granularity, about["granularity"]["class"])(**sizes)
+    kind = about["granularity"]["class"]
+    if kind not in _GRANULARITIES:  # the word of a file is not to choose what is called
+        raise ValueError(f"granularity {kind}")
+    fields["granularity"] = getattr(granularity, kind)(**sizes)
     fields |= {name: _dtype(about[name]) for name in ("dtype", "scale_precision", "zero_point_precision")}
     fields["mapping_type"] = MappingType[about["mapping_type"]]
     fields["zero_point_domain"] = ZeroPointDomain[about["zero_point_domain"]]

@@ -70,7 +70,7 @@ class Archive:
     def head(self, record: Record, length: int) -> bytes:
         """The first bytes of one record; of a compressed one, all of them."""
         if record.method == _DEFLATED:
-            return self._inflate(record)[:length]
+            return self._inflate(record, most=length)
         return self.file.read(self.data_start(record), min(length, record.size))
 
     def tensor(self, record: Record) -> Tensor:
@@ -126,7 +126,7 @@ class Archive:
             self.check(record)
         return start
 
-    def _inflate(self, record: Record, *, check: bool = True) -> bytes:
+    def _inflate(self, record: Record, *, check: bool = True, most: int | None = None) -> bytes:
         start = self.data_start(record)
         if record.size > max(_MAX_INFLATED, record.packed * _MAX_RATIO):
             raise LimitError(
@@ -139,9 +139,11 @@ class Archive:
             )
         engine = zlib.decompressobj(-15)
         try:
-            data = engine.decompress(self.file.view(start, record.packed), record.size + 1)
+            data = engine.decompress(self.file.view(start, record.packed), record.size + 1 if most is None else most)
         except zlib.error as error:
             raise self._broken("a compressed record is corrupt", record.name, "a deflate stream", error) from error
+        if most is not None:
+            return data
         if len(data) != record.size or not engine.eof:
             raise self._broken(
                 "a compressed record is corrupt", record.name, f"{record.size} bytes", f"{len(data)} or more"

@@ -102,6 +102,8 @@ def _keep(target: Path) -> None:
         except FileExistsError:
             continue
         except OSError:  # a file system without hard links
+            if dated.exists():
+                continue
             shutil.copy2(target, dated)
         return
     raise FileExistsError(errno.EEXIST, "too many backups of the same second", str(target))

@@ -50,7 +50,7 @@ def is_weights(node: object) -> bool:
     for key, value in node.items():
         if not isinstance(key, str):
             return False
-        if _tensor(value) is not None or _tensors_in(value):
+        if _is_tensor(value) or _tensors_in(value):
             tensors += 1
         elif isinstance(value, Mapping) and not key.endswith("_extra_state"):
             return False  # a trainer's dict that has a tensor among its values
@@ -60,7 +60,7 @@ def is_weights(node: object) -> bool:
 def has_tensors(node: object) -> bool:
     """Whether tensors are directly under the names of `node`, whatever else is."""
     return isinstance(node, Mapping) and any(
-        isinstance(key, str) and (_tensor(value) is not None or _tensors_in(value)) for key, value in node.items()
+        isinstance(key, str) and (_is_tensor(value) or _tensors_in(value)) for key, value in node.items()
     )
 
 
@@ -139,6 +139,15 @@ def _taken(key: str) -> CheckpointError:
     )
 
 
+def _is_tensor(value: object) -> bool:
+    """Whether :func:`_tensor` makes one of it, which may take a copy."""
+    if isinstance(value, NumpyArray):
+        value = value.array
+    if isinstance(value, np.ndarray):
+        return _tensor(np.empty((0,), value.dtype)) is not None if value.ndim else False
+    return isinstance(value, (LazyTensor, torch.Tensor))
+
+
 def _tensor(value: object) -> LazyTensor | None:
     if isinstance(value, LazyTensor):
         return value
@@ -159,8 +168,8 @@ def _tensors_in(value: object) -> bool:
     return (
         isinstance(value, (tuple, list))
         and 0 < len(value) <= 8
-        and any(_tensor(part) is not None for part in value)
-        and all(part is None or _tensor(part) is not None for part in value)
+        and any(map(_is_tensor, value))
+        and all(part is None or _is_tensor(part) for part in value)
     )
 
 

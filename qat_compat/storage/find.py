@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
@@ -67,6 +68,13 @@ def find_checkpoint(
     return None
 
 
+class _Escaped(string.Formatter):
+    """A value of the configuration is text, whatever a glob would read in it."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return glob.escape(str(super().format_field(value, format_spec)))
+
+
 def _filled(pattern: str, config: Mapping[str, Any]) -> str:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
@@ -84,7 +92,7 @@ def _filled(pattern: str, config: Mapping[str, Any]) -> str:
             remedy=f"pass config={{{missing[0]!r}: ...}}",
         )
     try:
-        return pattern.format_map(config) if fields else pattern
+        return _Escaped().vformat(pattern, (), config) if fields else pattern
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise CheckpointError(
             "the pattern does not fit the configuration",

@@ -46,6 +46,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             with file.open("rb+") as stream:
                 os.fsync(stream.fileno())
+        sync_folder(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
     except (OSError, ValueError) as error:

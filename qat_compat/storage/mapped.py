@@ -73,6 +73,11 @@ class MappedFile:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self._private, dtype=torch.uint8, count=length, offset=start)
 
+    def mapped(self) -> mmap.mmap:
+        """A private mapping of the caller's own: what is written to it is seen nowhere else."""
+        self._check_range(0, self.size)
+        return self._mapped(mmap.ACCESS_COPY)
+
     @cached_property
     def _map(self) -> mmap.mmap:
         return self._mapped(mmap.ACCESS_READ)

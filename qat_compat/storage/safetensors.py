@@ -113,7 +113,7 @@ class _FileTensor(LazyTensor):
         self.crc = crc
 
     def check(self) -> None:
-        """Compare its bytes with their checksum, if there is one."""
+        """Compare its bytes with their checksum, if there is one, once."""
         if self.crc is None:
             return
         found = f"{zlib.crc32(self.file.view(self.start, self.nbytes)):08x}"
@@ -122,6 +122,7 @@ class _FileTensor(LazyTensor):
                 "a tensor differs from its checksum",
                 file=self.file.path, key=self.name, expected=f"CRC-32 {self.crc}", found=found, remedy=_FRESH_COPY,
             )  # fmt: skip
+        self.crc = None
 
     def read(self) -> Tensor:
         self.check()

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from qat_compat import packing
+from qat_compat.errors import CheckpointError
 from qat_compat.schema import Spec
 from qat_compat.state import split_path
 from qat_compat.storage import Checkpoint, new_folder, save
+from qat_compat.storage.beside import is_there, json_beside
 from qat_compat.writers.job import Job, Layer
 
 __all__ = ["write"]
 
+_MOST = 16 << 20  # bytes of a config.json
 _INTEGERS, _WORDS = "int-quantized", "pack-quantized"
 
 
@@ -129,5 +132,7 @@ def _config_of(job: Job) -> dict[str, Any]:
         return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
     place = Path(job.source.checkpoint.name)
     path = (place if place.is_dir() else place.parent) / "config.json"
-    found = json.loads(path.read_text()) if place.exists() and path.is_file() else {}
+    found, note = json_beside(path, _MOST) if is_there(place) else (None, "")
+    if note:
+        raise CheckpointError(note, file=path, remedy="mend it, or remove it to have a config.json without it")
     return dict(found) if isinstance(found, dict) else {}

@@ -77,7 +77,11 @@ class Job:
         problems: list[Problem] = []
         grids = self._grids()
         for key, grid in grids.items():
-            if isinstance(grid, str):
+            if key not in self.source.schema:
+                detail = "the layer computes it in every forward (pruning, a weight norm, a parametrization)"
+                remedy = "make it permanent: prune.remove, remove_weight_norm or remove_parametrizations"
+                problems.append(Problem(ProblemKind.MISMATCHED, key, detail, remedy))
+            elif isinstance(grid, str):
                 detail = f"it is {grid}, for which {self.target} has no exact form here"
                 problems.append(Problem(ProblemKind.LOSSY, key, detail, "write it as float"))
             elif grid.inputs not in _INPUTS:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoo import ARCHS
 
 import qat_compat as qc
+from qat_compat.frameworks import converted_pt2e
 from qat_compat.testing import assert_same_state, assert_twin
 
 ARCH = ARCHS["plain"]
@@ -127,3 +128,30 @@ def test_a_scale_that_multiplies_the_input_is_not_dropped() -> None:
     state["0.input_quantizer._pre_quant_scale"] = torch.full((4,), 2.0)
     with pytest.raises(qc.PlanError, match=r"mismatched +0\.input_quantizer\._pre_quant_scale"):
         qc.load_checkpoint(make(), state)
+
+
+@pytest.mark.parametrize("order", ["of the keys", "reversed"])
+def test_integers_and_weights_of_one_shape_are_paired_once(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the keys, as a graph has them, with one look at each; in any other they are found as well."""
+    looks: list[int] = []
+    is_rounded = converted_pt2e._is_rounded
+
+    def counted(*arguments: Any) -> bool:
+        looks.append(1)
+        return is_rounded(*arguments)
+
+    monkeypatch.setattr(converted_pt2e, "_is_rounded", counted)
+    torch.manual_seed(0)
+    count = 12
+    weights = [torch.randn(6, 5) for _ in range(count)]
+    scales = [weight.abs().amax(1) / 127 for weight in weights]
+    zeros = [torch.zeros(6, dtype=torch.int64) for _ in weights]
+    integers = [torch.round(w / s[:, None]).to(torch.int8) for w, s in zip(weights, scales, strict=True)]
+    if order == "reversed":
+        integers.reverse()
+    group = converted_pt2e._Group(tuple(f"{i}.weight" for i in range(count)), count, count)
+    for index, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
+        found = group.value(index, *weights, *integers, *scales, *zeros)
+        assert torch.equal(found, torch.round(weight / scale[:, None]) * scale[:, None])
+    if order == "of the keys":
+        assert len(looks) == count

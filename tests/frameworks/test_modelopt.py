@@ -297,3 +297,33 @@ def test_compressed_weights_are_not_float() -> None:
         qc.to_float(model)
     with pytest.raises(qc.PlanError, match="converted"):
         qc.load_checkpoint(model, float_state())
+
+
+class Turned(nn.Module):
+    """ModelOpt makes a linear layer of the first one, with the transpose of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.first, self.last = conv1d(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+def test_a_weight_that_modelopt_turned_is_taken_for_no_float_weight(tmp_path: Path) -> None:
+    """Square as it is, nothing but the name of its class tells."""
+    torch.manual_seed(0)
+    data = [torch.randn(5, 8)]
+    state = Turned().state_dict()
+    trained, model = prepare(Turned(), data), prepare(Turned(), [], algorithm=None)
+    with untouched(model), pytest.raises(qc.PlanError, match="as its transpose"):
+        qc.load_checkpoint(model, state, calibration=data)
+    for like in (None, Turned()):
+        with pytest.raises(qc.PlanError, match=r"first\.weight: .* as its transpose"):
+            qc.to_float(trained, like=like)
+    path = qc.save_checkpoint(trained, tmp_path / "model.safetensors")
+    for source in (trained.state_dict(), path):
+        model = prepare(Turned(), [], algorithm=None)
+        assert qc.load_checkpoint(model, source).synthesized == 0
+        assert torch.equal(model(data[0]), trained(data[0]))

@@ -83,6 +83,12 @@ def test_the_configuration_is_in_the_name(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, "pretrain_{*.pth")
 
 
+def test_a_value_of_the_configuration_is_no_pattern(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "run_lr0.pt", 0)
+    wanted = checkpoint(tmp_path, "run_lr[0.1].pt", 0)
+    assert find_checkpoint(tmp_path, "run_{name}*.pt", config={"name": "lr[0.1]"}) == wanted
+
+
 def test_which_of_several_sets_is_meant_is_not_asked_here(tmp_path: Path) -> None:
     torch.save({"generator": {"w": torch.ones(2)}, "discriminator": {"w": torch.ones(3)}}, tmp_path / "gan.pt")
     assert find_checkpoint(tmp_path, "*.pt") == tmp_path / "gan.pt"

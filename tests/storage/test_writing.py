@@ -206,6 +206,14 @@ def test_backup_keeps_the_old_file(tmp_path: Path) -> None:
     assert {open_source(tmp_path / name)["w"].item() for name in kept} == {0, 1}
 
 
+def test_backups_are_kept_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    test_backup_keeps_the_old_file(tmp_path)
+
+
 def test_links_and_modes_are_kept(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     target, link = tmp_path / "store" / "real.pt", tmp_path / "link.pt"

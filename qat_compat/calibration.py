@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ from qat_compat.casting import bits_of
 from qat_compat.driving import Data, Inputs, check_data, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
-from qat_compat.names import canonical
+from qat_compat.names import by_form, canonical
 from qat_compat.qparams import STATISTICS
 from qat_compat.storage import open_source, save
 from qat_compat.transaction import rehearsal
@@ -31,7 +31,7 @@ class Calibration:
     """State of the activation quantizers of one model with one set of weights.
 
     Args:
-        tensors: Quantizer key without wrapper segments -> value.
+        tensors: Key of a quantizer's state -> value.
         statistic: The statistic that chose the ranges.
         batches: Number of batches seen (0 where a callable ran the model).
         weights: Fingerprint of the float weights that the ranges belong to.
@@ -41,6 +41,22 @@ class Calibration:
     statistic: str
     batches: int
     weights: str
+
+    def of(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """What is held for the keys of a model, which may be under other wrappers than the one that was calibrated.
+
+        Names are the same without wrapper segments only where nothing else is called so on either side: a part of a
+        model may have a wrapper's name.
+        """
+        mine, theirs = by_form(keys), by_form(self.tensors)
+        found: dict[str, Tensor] = {}
+        for form, names in mine.items():
+            held = theirs.get(form, [])
+            if set(names) <= set(held):
+                found.update((name, self.tensors[name]) for name in names)
+            elif len(names) == len(held) == 1:
+                found[names[0]] = self.tensors[held[0]]
+        return found
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write to a file that :meth:`load`, and `calibration=path`, read.
@@ -124,7 +140,7 @@ def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, sta
         batches = drive(description, [*weights, *chosen], data, inputs=inputs, statistic=statistic)
         names = {q.name for q in chosen}
         tensors = {
-            canonical(key): _current(description, key).detach().clone()
+            key: _current(description, key).detach().clone()
             for key, entry in description.schema.items()
             if entry.quantizer in names and entry.role.is_observed
         }

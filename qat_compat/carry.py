@@ -10,7 +10,6 @@ import torch
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
 from qat_compat.frameworks import Needs, Quantizer, same_flow
-from qat_compat.names import canonical
 from qat_compat.norms import Match
 from qat_compat.origins import Origin, find_origins, key_of, spec_of
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
@@ -254,5 +253,5 @@ def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason:
 
 def _is_recorded(goal: Goal, key: str, entry: Entry) -> bool:
     """Whether a saved calibration holds this value for an observer of this kind."""
-    shape = goal.recorded.get(canonical(key))
+    shape = goal.recorded.get(key)
     return shape is not None and (entry.role is not Role.HISTOGRAM or shape == entry.shape)

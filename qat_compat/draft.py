@@ -19,7 +19,7 @@ class Goal:
     Args:
         keep: Globs over float entries of the target that may stay as they are.
         data: Where activation ranges may come from: "batches", "record", "defer" or "none".
-        recorded: Canonical key -> shape of what a saved calibration holds.
+        recorded: Target key -> shape of what a saved calibration holds.
     """
 
     keep: Sequence[str] = ()

@@ -79,7 +79,7 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
         reading = Reading(
             ready.description,
             ready.source,
-            saved=ready.saved.tensors if ready.saved is not None else {},
+            saved=ready.saved.of(ready.description.schema) if ready.saved is not None else {},
             inplace=options.inplace,
             mmap=options.mmap,
             device=device_of(options.device),
@@ -144,7 +144,7 @@ def _prepare(model: nn.Module, source: SourceLike, options: Options, *, dry: boo
     norms = norm_eps([m for m in (model, options.float_model) if m is not None])
     kept = unfold(kept, target, found, evidence, norms)
     opened = replace(opened, schema=kept)
-    recorded = {key: tuple(value.shape) for key, value in saved.tensors.items()} if saved is not None else {}
+    recorded = {key: tuple(value.shape) for key, value in saved.of(target).items()} if saved is not None else {}
     goal = Goal(globs_of(options.keep), kind, recorded)
     plan = join(
         kept,

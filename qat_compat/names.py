@@ -11,6 +11,7 @@ from qat_compat.state import join_path, split_path
 __all__ = [
     "WRAPPERS",
     "Rename",
+    "by_form",
     "canonical",
     "canonical_path",
     "canonical_site",
@@ -46,6 +47,19 @@ def canonical(name: str) -> str:
     parts = name.split(".")
     kept = [part for part in parts[:-1] if part not in WRAPPERS]
     return ".".join([*kept, parts[-1]])
+
+
+def by_form(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by what they are without wrapper segments.
+
+    Example:
+        >>> by_form(["fc.weight", "model.fc.weight"])
+        {'fc.weight': ['fc.weight', 'model.fc.weight']}
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(canonical(name), []).append(name)
+    return found
 
 
 def canonical_path(path: str) -> str:

@@ -16,7 +16,6 @@ from qat_compat.casting import cast_loss, is_widening, same_values
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Description, Quantizer, Reduction
 from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors, populate
-from qat_compat.names import canonical
 from qat_compat.plan import Copy, Derive, Drop, How, Keep, Plan, Synthesize
 from qat_compat.ranges import RangeOver
 from qat_compat.schema import Role, Spec
@@ -40,7 +39,7 @@ class Reading:
     Args:
         description: The model that they are for.
         source: What they are read from.
-        saved: Canonical key -> value of a saved calibration.
+        saved: Key of the model -> value of a saved calibration.
         inplace: Leave parameters to be read straight into the model's own memory.
         mmap: Take file-backed tensors as they are.
         device: Where tensors of a meta-device model are made.
@@ -108,7 +107,7 @@ def stage(plan: Plan, reading: Reading) -> Staged:
             stager.write_down(step)
             reading.advance()
         elif isinstance(step, Synthesize) and step.how is How.RECORD:
-            value = reading.saved[canonical(step.key)]
+            value = reading.saved[step.key]
             slot = slots.get(step.key)
             if slot is None:
                 staged.hidden[step.key] = value.clone()

@@ -8,6 +8,7 @@ import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from zoo import ARCHS
 import qat_compat as qc
 from qat_compat.calibration import fingerprint
 from qat_compat.frameworks import describe_model
+from qat_compat.names import canonical
 from qat_compat.testing import assert_same_state
 
 ARCH = ARCHS["plain"]
@@ -310,12 +312,14 @@ def test_data_that_nothing_needs_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flow", "name", "form"), [*((*case, "object") for case in CASES), (*CASES[0], "file"), (*CASES[3], "file")]
+    ("flow", "name", "form"), [*((*case, "object") for case in CASES), (*CASES[0], "file"), (*CASES[3], "older file")]
 )
 def test_a_saved_calibration_gives_what_the_data_gave(flow: str, name: str, form: str, tmp_path: Path) -> None:
     arch, source = ARCHS[name], prepared(flow, name)
     qc.load_checkpoint(source, arch.state(), calibration=arch.batches())
     calibration = qc.calibrate(source, arch.batches())
+    if form == "older file":  # its names are without the segments of wrappers
+        calibration = replace(calibration, tensors={canonical(key): v for key, v in calibration.tensors.items()})
     path = calibration.save(tmp_path / "ranges.safetensors")
     model = prepared(flow, name)
     report = qc.load_checkpoint(model, arch.state(), calibration=calibration if form == "object" else path)
@@ -340,6 +344,42 @@ def test_a_calibration_goes_under_any_wrapper() -> None:
     report = qc.load_checkpoint(wrapped, ARCH.state(), calibration=calibration)
     assert_same_state(wrapped.module, _loaded(ARCH.batches()))
     assert report.findings == ()
+
+
+class _Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.fc = QuantStub(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.quant(x))
+
+
+class _Namesakes(_Part):
+    """A part has the name of a wrapper, and in it are the names that are outside, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _Part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(100 * super().forward(x))
+
+
+def test_a_calibration_knows_namesakes_apart() -> None:
+    def fresh() -> nn.Module:
+        model = _Namesakes().train()
+        model.qconfig = get_default_qat_qconfig("x86")
+        return prepare_qat(model)
+
+    state, batches, expected, model = _Namesakes().state_dict(), [torch.randn(8, 4)], fresh(), fresh()
+    qc.load_checkpoint(expected, state, calibration=batches)
+    calibration = qc.calibrate(expected, batches)
+    qc.load_checkpoint(model, state, calibration=calibration)
+    assert_same_state(model, expected)
+    older = replace(calibration, tensors={canonical(key): value for key, value in calibration.tensors.items()})
+    with untouched(model), pytest.raises(qc.CalibrationError, match="no range for 4 activation quantizers"):
+        qc.load_checkpoint(model, state, calibration=older)
 
 
 @pytest.mark.parametrize(

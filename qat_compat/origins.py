@@ -46,7 +46,10 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
     numbered = {name for name in plain if is_positional(name)}
     wanted = {canonical_path(n.removeprefix(match.target_prefix)) for q in quantizers for n in q.names}
     same = same_flow(draft.source, draft.target)
-    same_graph = same and numbered == {name for name in wanted if is_positional(name)}
+    firsts = {canonical_path(q.name.removeprefix(match.target_prefix)) for q in quantizers}
+    # what this package writes has a quantizer of several names under its first one
+    graphs = [wanted, firsts] if draft.source.recorded else [wanted]
+    same_graph = same and numbered in [{name for name in names if is_positional(name)} for names in graphs]
     sites = Counter(canonical_site(quantizer.site, match.target_prefix) for quantizer in quantizers)
     by_number, weights_too = 0, False
     chosen: list[tuple[Quantizer, Origin | None]] = []

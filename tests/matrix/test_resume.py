@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flows import FLOWS, cells, prepare_for
 from torch import Tensor, nn
+from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from zoo import ARCHS
 
 import qat_compat as qc
@@ -93,6 +96,32 @@ def _version_1(model: nn.Module) -> OrderedDict[str, Tensor]:
             continue
         old[key] = value.clone()
     return old
+
+
+class TwiceCalled(nn.Module):
+    """Its head has several outputs in a graph, and pooling shares the quantizer of what it pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        return self.pool(self.head(fine)) + self.pool(self.head(self.down(fine)))
+
+
+def test_a_file_of_ours_resumes_a_graph_that_shares_quantizers(tmp_path: Path) -> None:
+    batches = [torch.randn(2, 3, 8, 8)]
+
+    def prepare(model: nn.Module) -> nn.Module:
+        return prepare_qat_fx(model.train(), get_default_qat_qconfig_mapping("x86"), (batches[0],))
+
+    model = prepare(TwiceCalled())
+    native_calibration(model, batches)
+    loaded = prepare(TwiceCalled())
+    qc.load_checkpoint(loaded, qc.save_checkpoint(model, tmp_path / "qat.pt"))
+    assert_same_state(loaded, model)
 
 
 @pytest.mark.parametrize("metadata", [False, True])

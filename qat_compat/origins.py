@@ -11,6 +11,7 @@ from qat_compat.frameworks import Needs, Quantizer, same_flow
 from qat_compat.names import canonical_path, canonical_site, is_positional, renamed_path, renamed_site
 from qat_compat.norms import Match
 from qat_compat.schema import Role, Spec
+from qat_compat.state import split_path
 
 __all__ = ["Origin", "find_origins", "key_of", "spec_of"]
 
@@ -51,6 +52,10 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
     graphs = [wanted, firsts] if draft.source.recorded else [wanted]
     same_graph = same and numbered in [{name for name in names if is_positional(name)} for names in graphs]
     sites = Counter(canonical_site(quantizer.site, match.target_prefix) for quantizer in quantizers)
+    shared = Counter(
+        form for q in quantizers for form in {canonical_path(n.removeprefix(match.target_prefix)) for n in q.names}
+    )
+    hosts = _Hosts(draft, match)
     by_number, weights_too = 0, False
     chosen: list[tuple[Quantizer, Origin | None]] = []
     for quantizer in quantizers:
@@ -58,7 +63,7 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
         by_module = quantizer.needs is Needs.WEIGHTS or site.startswith("input:")
         known = draft.source.recorded or (by_module and not same)
         known &= same or not site.startswith("node:")
-        at_site = by_site.get(site, []) if known else []
+        at_site = [name for name in by_site.get(site, []) if hosts.agree(quantizer, found[name])] if known else []
         if len(at_site) == 1 and sites[site] == 1:
             chosen.append((quantizer, found[at_site[0]]))
             continue
@@ -67,7 +72,9 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
             path = name.removeprefix(match.target_prefix)
             form = canonical_path(path)
             if same_graph or not is_positional(form):
-                origin = exact.get(path) or plain.get(form)
+                origin = exact.get(path)
+                if origin is None and (namesake := plain.get(form)) is not None and shared[form] == 1:
+                    origin = namesake if hosts.agree(quantizer, found[namesake]) else None
             if origin is not None:
                 break
         if origin is not None and is_positional(canonical_path(quantizer.name)):
@@ -80,6 +87,37 @@ def find_origins(draft: Draft, quantizers: Sequence[Quantizer], match: Match) ->
             " files that save_checkpoint writes say what each one quantizes"
         )
     return chosen
+
+
+class _Hosts:
+    """Which modules of the source the float tensors of each module of the target come from.
+
+    Names without wrapper segments are not enough: a part of a model may have a wrapper's name.
+    """
+
+    def __init__(self, draft: Draft, match: Match) -> None:
+        self._source = draft.source
+        self._holding = {split_path(draft.source[key].site)[0] for key in draft.source.float_keys()}
+        self._paired: dict[str, set[str]] = {}
+        self._same: set[str] = set()  # modules that have one path on both sides, and those around them
+        for key, (origin, _) in match.pairs.items():
+            mine, theirs = split_path(draft.target[key].site)[0], split_path(draft.source[origin].site)[0]
+            self._paired.setdefault(mine, set()).add(theirs)
+            while mine == theirs and mine and mine not in self._same:
+                self._same.add(mine)
+                mine = theirs = split_path(mine)[0]
+
+    def agree(self, quantizer: Quantizer, origin: Origin) -> bool:
+        """Whether the source's state can be that of the quantizer's own module, by all that is paired."""
+        mine, theirs = _host(quantizer.site), _host(self._source[next(iter(origin.leaves.values()))].site)
+        if (paired := self._paired.get(mine)) is not None:
+            return theirs in paired or theirs not in self._holding
+        alike = mine != theirs and canonical_path(mine) == canonical_path(theirs)
+        return not (alike and self._same.intersection((split_path(mine)[0], split_path(theirs)[0])))
+
+
+def _host(site: str) -> str:
+    return site.partition(":")[2].partition("+")[0]
 
 
 def key_of(draft: Draft, origin: Origin, role: Role) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from flows import FLOWS, cells, prepare_for
 from torch import Tensor, nn
-from torch.ao.quantization import get_default_qat_qconfig_mapping
+from torch.ao.quantization import QuantStub, get_default_qat_qconfig, get_default_qat_qconfig_mapping, prepare_qat
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from zoo import ARCHS
 
@@ -122,6 +122,46 @@ def test_a_file_of_ours_resumes_a_graph_that_shares_quantizers(tmp_path: Path) -
     loaded = prepare(TwiceCalled())
     qc.load_checkpoint(loaded, qc.save_checkpoint(model, tmp_path / "qat.pt"))
     assert_same_state(loaded, model)
+
+
+class _Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.fc = QuantStub(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.quant(x))
+
+
+class Namesakes(_Part):
+    """A part has the name of a wrapper, and in it are the names that are outside, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = _Part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(100 * super().forward(x))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("parts", [["fc"], ["quant", "fc"], ["quant", "fc", "model.quant"]])
+def test_no_range_is_that_of_a_namesake(saved: bool, parts: list[str], tmp_path: Path) -> None:
+    def prepare(names: list[str]) -> nn.Module:
+        model = Namesakes().train()
+        for name in names:
+            model.get_submodule(name).qconfig = get_default_qat_qconfig("x86")
+        return prepare_qat(model)
+
+    batches = [torch.randn(8, 4)]
+    trained, expected, loaded = prepare(["model.quant", "model.fc"]), prepare(parts), prepare(parts)
+    native_calibration(trained, batches)
+    source = qc.save_checkpoint(trained, tmp_path / "qat.pt") if saved else trained.state_dict()
+    qc.load_checkpoint(loaded, source, calibration=batches)
+    expected.load_state_dict(trained.state_dict(), strict=False)
+    native_calibration(expected, batches)
+    for quantizer in ("quant", "fc.activation_post_process", "fc.weight_fake_quant"):
+        assert_same_state(loaded.get_submodule(quantizer), expected.get_submodule(quantizer))
 
 
 @pytest.mark.parametrize("metadata", [False, True])

@@ -44,7 +44,8 @@ def open_checkpoint(source: SourceLike, *, select: str | None = None) -> Checkpo
 
     Args:
         source: Path of a file or folder, a mapping, or a module.
-        select: Which of several sets of weights: a dotted path (`"trainer.var_wo_ddp"`), `"ema"` or `"model"`.
+        select: Which of several sets of weights: a dotted path (`"trainer.var_wo_ddp"`), `"ema"` or `"model"`;
+            `""` for tensors at the top of the file, beside other sets.
 
     Raises:
         CheckpointError: The source is corrupt, of an unknown format, or has no such part.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,9 +16,10 @@ from qat_compat.storage.plain import plain
 from qat_compat.storage.standins import OWN, NumpyArray, Opaque, Unreadable
 from qat_compat.storage.subclasses import inner_tensors
 
-__all__ = ["Weights", "has_tensors", "is_weights", "split_own", "weights_of"]
+__all__ = ["Weights", "has_tensors", "is_weights", "split_own", "top_of", "weights_of"]
 
 _MAX_MODULE_DEPTH = 128
+_LEAVES = frozenset({"weight", "bias", "running_mean", "running_var"})  # of a module that is all of the model
 
 
 class Weights(NamedTuple):
@@ -62,6 +63,42 @@ def has_tensors(node: object) -> bool:
     return isinstance(node, Mapping) and any(
         isinstance(key, str) and (_is_tensor(value) or _tensors_in(value)) for key, value in node.items()
     )
+
+
+def top_of(tree: object, is_state: Callable[[str], bool]) -> dict[str, object] | None:
+    """The state_dict whose entries stand beside mappings and settings: tensors under dotted names, or several of those
+    that one module has. A tensor or two of training state are none.
+
+    Args:
+        tree: What a file holds.
+        is_state: Whether a name is that of training state.
+    """
+    if not isinstance(tree, Mapping) or not all(isinstance(key, str) for key in tree):
+        return None
+    top = _Top((key, value) for key, value in tree.items() if _is_entry(key, value))
+    named = [key for key, value in top.items() if not is_state(key) and _has_axes(value)]
+    if any("." in key for key in named) or len(_LEAVES.intersection(named)) > 1:
+        top._metadata = getattr(tree, "_metadata", None)
+        return top
+    return None
+
+
+class _Top(dict[str, object]):
+    """A part of a state_dict, with the versions of its modules."""
+
+    _metadata: object = None
+
+
+def _is_entry(key: str, value: object) -> bool:
+    held = _is_tensor(value) or _tensors_in(value) or ("." in key and not isinstance(value, Mapping))
+    return held or key.endswith("_extra_state")
+
+
+def _has_axes(value: object) -> bool:
+    """Whether `value` is a tensor, and no scalar, or packed parameters."""
+    if isinstance(value, LazyTensor):
+        return bool(value.spec.shape)
+    return _tensors_in(value) or (_is_tensor(value) and bool(getattr(value, "shape", True)))
 
 
 def weights_of(node: object) -> Weights:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qat_compat.errors import CheckpointError
-from qat_compat.storage.candidates import has_tensors, is_weights
+from qat_compat.storage.candidates import has_tensors, is_weights, top_of
 from qat_compat.storage.standins import Opaque
 from qat_compat.text import shorten
 
@@ -110,7 +110,7 @@ def locate(tree: object, select: str | None) -> Found:
 
     Args:
         tree: Nested mappings with tensors (or pickled modules) in them.
-        select: "ema", "model", a dotted path, or None for the trainer's own preference.
+        select: "ema", "model", a dotted path ("" for the root), or None for the trainer's own preference.
 
     Raises:
         CheckpointError: There are no weights, the path is wrong, or nothing tells which of several to take.
@@ -120,6 +120,8 @@ def locate(tree: object, select: str | None) -> Found:
             raise _wrong_path(select, ["the file is a bare state_dict: leave `select` out"])
         return Found("", tree, (), (), "")
     sets = dict(_search(tree, "", 0))
+    if sets and (top := top_of(tree, _is_state)) is not None:
+        sets[""] = top
     if not sets and select and is_weights(named := _get(tree, select)):
         sets[select] = named  # under a name that training state has, and asked for all the same
     if not sets and has_tensors(tree):  # tensors and settings side by side, in one mapping
@@ -135,8 +137,9 @@ def locate(tree: object, select: str | None) -> Found:
     path, reason = _choose(tree, sets, trainer, select)
     beside = [extra for extra in (trainer.beside if trainer else ()) if isinstance(_get(tree, extra), Mapping)]
     others = tuple(other for other in sets if other != path and other not in beside)
-    also = ", ".join(shorten(others, _MAX_LISTED))
-    note = f"weights are `{path}`{reason}; also there: {also}" if others and select is None else ""
+    also = ", ".join(shorten(list(map(_shown, others)), _MAX_LISTED))
+    where = f"`{path}`" if path else _shown(path)
+    note = f"weights are {where}{reason}; also there: {also}" if others and select is None else ""
     nodes = tuple(_get(tree, extra) for extra in beside)
     return Found(path, sets[path], nodes, others, note, (path, *others, *beside))
 
@@ -150,11 +153,12 @@ def state_beside(tree: object, found: Found) -> dict[str, Any]:
         >>> state_beside(tree, locate(tree, None))
         {'trainer': {'config': {'depth': 2}}, 'args': None}
     """
-    if not found.path or not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or found.node is tree:
         return {}
-    rest = dict(tree)
+    top = top_of(tree, _is_state) if "" in found.taken else None
+    rest = {key: value for key, value in tree.items() if top is None or key not in top}
     copies: dict[int, dict[Any, Any]] = {}
-    for path in found.taken:
+    for path in filter(None, found.taken):
         _remove(rest, _keys_to(tree, path), copies)
     return {str(key): value for key, value in rest.items()}
 
@@ -184,6 +188,8 @@ def _choose(tree: object, sets: dict[str, object], trainer: Trainer | None, sele
     for name in LIVE:
         if path := _below(name, sets):
             return path, ", the live weights"
+    if "" in sets:
+        return "", ", the live weights"
     if len(sets) == 1:
         return next(iter(sets)), ""
     for name in EMA:
@@ -208,6 +214,8 @@ def _selected(tree: object, sets: dict[str, object], trainer: Trainer | None, se
     for name in names:
         if path := _below(name, sets):
             return path
+    if select == "model" and "" in sets:
+        return ""
     if _has(tree, select) and is_weights(node := _get(tree, select)):
         sets[select] = node
         return select
@@ -220,7 +228,7 @@ def _wrong_path(select: str | None, right: list[str]) -> CheckpointError:
     return CheckpointError(
         "the file has no weights there",
         key=f"select={select!r}",
-        expected=", ".join(right[:_MAX_LISTED]),
+        expected=", ".join(map(_shown, right[:_MAX_LISTED])),
         found=repr(select),
         remedy=f"pass select={right[0]!r}"
         if len(right) == 1 and " " not in right[0]
@@ -245,13 +253,21 @@ def _search(node: object, path: str, depth: int) -> Iterator[tuple[str, object]]
     if depth > _MAX_DEPTH or not isinstance(node, Mapping):
         return
     for key, value in node.items():
-        if not isinstance(key, str) or key == "opt" or key.lower().startswith(_STATE):
+        if not isinstance(key, str) or _is_state(key) or key.endswith("_extra_state"):
             continue
         below = f"{path}.{key}" if path else key
         if is_weights(value):
             yield below, value
         else:
             yield from _search(value, below, depth + 1)
+
+
+def _is_state(key: str) -> bool:
+    return key == "opt" or key.lower().startswith(_STATE)
+
+
+def _shown(path: str) -> str:
+    return path or "the tensors at the top (select='')"
 
 
 def _keys_to(tree: object, path: str) -> tuple[str, ...]:

@@ -80,6 +80,41 @@ def test_there_is_no_average(name: str) -> None:
         open_source(tree, select="ema")
 
 
+@pytest.mark.parametrize("beside", [{"ema": weights(EMA)}, {"norm_stats": {"mean": torch.ones(2)}}, {"a": {"b": {}}}])
+@pytest.mark.parametrize("names", [["fc.weight", "fc.bias"], ["weight", "bias"]])
+def test_weights_at_the_top_beside_other_mappings(beside: dict[str, Any], names: list[str]) -> None:
+    state = dict(zip(names, weights(LIVE).values(), strict=True))
+    tree = {**state, **beside, "epoch": 3, "q._extra_state": {"min": torch.ones(1)}}
+    for select in (None, "", "model"):
+        checkpoint = open_source(tree, select=select)
+        assert list(checkpoint) == names and checkpoint[names[0]].item() == LIVE
+        assert list(checkpoint.metadata["extra_state"]["q._extra_state"]) == ["min"]
+        assert len(checkpoint.notes) == (select is None and "a" not in beside)
+
+
+def test_what_is_beside_weights_at_the_top_can_be_reached() -> None:
+    tree = {**weights(LIVE), "ema": weights(EMA), "epoch": 3}
+    assert open_source(tree).notes == (
+        "weights are the tensors at the top (select=''), the live weights; also there: ema",
+    )
+    assert open_source(tree).metadata == open_source(tree, select="ema").metadata == {"epoch": 3}
+    assert open_source(tree, select="ema")["fc.weight"].item() == EMA
+    with pytest.raises(CheckpointError, match=r"expected: ema, the tensors at the top \(select=''\)"):
+        open_source(tree, select="teacher")
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"lr": torch.ones(1)}, {"mean": torch.ones(3), "std": torch.ones(3)}, {"best.loss": torch.tensor(1.0)},
+     {"optim.state": torch.ones(3)}],
+)  # fmt: skip
+def test_tensors_of_training_state_at_the_top_are_no_weights(beside: dict[str, Any]) -> None:
+    checkpoint = open_source({**beside, "generator": weights(LIVE)})
+    assert checkpoint["fc.weight"].item() == LIVE and checkpoint.notes == ()
+    named = open_source({**beside, **{"x.weight": torch.ones(1)}, "model": weights(LIVE)}, select="model")
+    assert named["fc.weight"].item() == LIVE
+
+
 def test_select_by_path() -> None:
     tree, _ = LAYOUTS["VAR"]
     assert open_source(tree, select="trainer.vae_local")["fc.weight"].item() == OTHER

@@ -213,7 +213,8 @@ def _matched(
     found = match(source, target, rename=options.rename, evidence=evidence)
     if found.options and not dry:
         guessed = {p: found.norms[p][0] for p in found.options if p in found.norms}
-        seen = from_statistics(description, found, found.options, opened.read, batch, options.inputs)
+        several = {p: paths for p, paths in found.options.items() if len(paths) > 1}  # one alone always fits best
+        seen = from_statistics(description, found, several, opened.read, batch, options.inputs)
         if found.problems:
             found = match(source, target, rename=options.rename, evidence=[*evidence, seen])
         hosts = {one.prefix: one.host for one in target.fused}

@@ -111,9 +111,9 @@ def choose(
     for group in undecided:
         listed = options[group.prefix][0] if group.prefix in options else by_size.get(group.channels, [])
         left = [path for path in listed if path in open_pool and _fits(group, open_pool[path])]
-        if len(left) > 1:
+        if left:
             found.options[group.prefix] = {path: keys_of[path] for path in left}
-        if len(left) > 1 and group.prefix not in chosen:
+        if left and group.prefix not in chosen:
             detail = f"the normalization fused into {group.host} could be {either(left[:6])}"
             remedy = (
                 "pass float_model= (like= the float model, for to_float), whose trace tells which,"

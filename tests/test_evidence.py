@@ -121,6 +121,18 @@ def test_convention_that_the_data_speaks_against_is_refused() -> None:
         qc.load_checkpoint(prepared, state, calibration=_batches())
 
 
+def test_what_is_left_over_is_not_the_one_that_is_missing() -> None:
+    """It may have the same size and be the only one: what the file has of it fits nothing that the data shows."""
+    make, pairs = Lists, _PAIRS[Lists]
+    fused = fuse_modules_qat(make().train(), pairs)
+    fused.norms = nn.ModuleList(_Silent() for _ in pairs)
+    fused.qconfig = get_default_qat_qconfig("x86")
+    state = {key.replace("norms.0", "other"): value for key, value in make().state_dict().items()}
+    with pytest.raises(qc.PlanError) as caught:
+        qc.load_checkpoint(prepare_qat(fused), state, calibration=[torch.rand(4, 4, 5, 5)])
+    assert "the normalization fused into convs.0 could be other; pass float_model=" in str(caught.value)
+
+
 class _Silent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -176,11 +188,27 @@ class Wrapping(nn.Module):
         return self.bn(self.conv(torch.relu(self.norm(self.module(x)))))
 
 
+class Lists(nn.Module):
+    """Cannot be traced; each normalization is the only one of its size, and in another list than its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(n, n + 1, 1) for n in (4, 5, 6))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n + 1) for n in (4, 5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([row / 2 for row in x])
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x))
+        return x
+
+
 _PAIRS: dict[type[nn.Module], list[list[str]]] = {
     Crossed: [["conv1", "bn2"], ["conv2", "bn3"], ["conv3", "bn1"]],
     Natural: [["conv1", "bn1"], ["conv2", "bn2"], ["conv3", "bn3"]],
     Parents: [["a.conv", "b.norm"], ["b.conv", "a.norm"]],
     Wrapping: [["module", "norm"], ["conv", "bn"]],
+    Lists: [[f"convs.{i}", f"norms.{i}"] for i in range(3)],
 }
 
 

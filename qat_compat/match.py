@@ -38,11 +38,11 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
         evidence: What a float model or a forward shows of fused normalizations, strongest first.
     """
     found = _match(source, target, rename, evidence, _one_wrapper(source, target, rename))
-    if not found.pairs and not found.problems:
-        cut = _one_attribute(source, target, rename)
-        if any(cut):
-            found = _match(source, target, rename, evidence, cut)
-            found.pairs = {key: (origin, "common prefix") for key, (origin, _) in found.pairs.items()}
+    if not found.pairs and any(cut := _one_attribute(source, target, rename)):
+        below = _match(source, target, rename, evidence, cut)
+        below.pairs = {key: (origin, "common prefix") for key, (origin, _) in below.pairs.items()}
+        if below.pairs or not found.problems:
+            return below
     return found
 
 
@@ -215,7 +215,8 @@ class _Matcher:
             for path, tensors in modules.items()
             if "weight" in tensors or "running_mean" in tensors
         }
-        for prefix, (path, witness) in choose(groups, pool, modules, evidence, self.found, cut).items():
+        around = {split_path(schema[key].site)[0] for key in schema.float_keys()}
+        for prefix, (path, witness) in choose(groups, pool, modules, evidence, self.found, cut, around).items():
             self.found.norms[prefix] = (path, witness)
             for leaf, key in modules[path].items():
                 mate = own.get(join_path(prefix, leaf))

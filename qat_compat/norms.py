@@ -7,7 +7,7 @@ several answers, shapes may leave one, and then the naming convention, if it set
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,12 +28,26 @@ class Evidence:
     witness: str
 
     @cached_property
-    def _by_form(self) -> dict[str, tuple[str, ...]]:
-        return {canonical_path(host): paths for host, paths in self.by_host.items() if paths}
+    def _by_form(self) -> dict[str, set[tuple[str, ...]]]:
+        found: dict[str, set[tuple[str, ...]]] = {}
+        for host, paths in self.by_host.items():
+            if paths:
+                found.setdefault(canonical_path(host), set()).add(paths)
+        return found
 
-    def of(self, host: str) -> tuple[str, ...]:
-        """What the witness saw after `host`, under any wrappers."""
-        return self._by_form.get(canonical_path(host), ())
+    def of(self, host: str, *, alone: bool = True) -> tuple[str, ...]:
+        """What the witness saw after `host`; if that is the only module of its name without wrapper segments, then
+        under any wrappers."""
+        if paths := self.by_host.get(host):
+            return paths
+        seen = self._by_form.get(canonical_path(host), set()) if alone else set()
+        return next(iter(seen)) if len(seen) == 1 else ()
+
+    def without(self, cut: str, host: str, *, alone: bool = True) -> tuple[str, ...]:
+        """The same for a host that has lost a leading path, which the witness may know."""
+        if cut and all(name.startswith(cut) for name in self.by_host):
+            return tuple(path.removeprefix(cut) for path in self.of(cut + host, alone=alone))
+        return self.of(host, alone=alone)
 
 
 _BY_SHAPE = "only shape that fits in its parent"
@@ -80,17 +94,30 @@ def choose(
     evidence: Sequence[Evidence],
     found: Match,
     cut: str = "",
+    modules: Iterable[str] = (),
 ) -> dict[str, tuple[str, str]]:
-    """Fused prefix -> (module path of the other side, witness); the other side does not have the leading path `cut`."""
+    """Fused prefix -> (module path of the other side, witness).
+
+    Args:
+        groups: Fused normalizations whose partner is wanted.
+        pool: Module path of the other side -> leaf -> spec.
+        keys_of: Module path of the other side -> leaf -> key.
+        evidence: What witnesses saw, strongest first.
+        found: Takes what stays open.
+        cut: Leading path that the other side does not have.
+        modules: Every module on the side of the groups.
+    """
+    shared = _shared_forms([*modules, *(group.host for group in groups)])
     by_form: dict[str, list[str]] = {}
     for path in pool:
         by_form.setdefault(canonical_path(path), []).append(path)
     chosen: dict[str, tuple[str, str]] = {}
     options: dict[str, tuple[list[str], str]] = {}
     taken: set[str] = set()
-    for group in groups:
-        spoken, witness = _spoken(group, evidence, found, cut)
-        paths = list(dict.fromkeys(p for name in spoken for p in by_form.get(canonical_path(name), [])))
+    heard = [(group, *_spoken(group, evidence, found, shared, cut)) for group in groups]
+    exact = {name for _, spoken, _ in heard for name in spoken if name in pool}
+    for group, spoken, witness in heard:
+        paths = list(dict.fromkeys(path for name in spoken for path in _paths_of(name, by_form, exact)))
         if len(spoken) == 1 and len(paths) == 1 and paths[0] not in taken:
             chosen[group.prefix] = (paths[0], witness)  # a shape that differs is reported where it is copied
             taken.add(paths[0])
@@ -125,11 +152,27 @@ def choose(
     return chosen
 
 
-def _spoken(group: Fused, evidence: Sequence[Evidence], found: Match, cut: str = "") -> tuple[tuple[str, ...], str]:
+def _shared_forms(modules: Iterable[str]) -> set[str]:
+    """The names without wrapper segments that several modules have."""
+    counts = Counter(map(canonical_path, set(modules)))
+    return {form for form, count in counts.items() if count > 1}
+
+
+def _paths_of(name: str, by_form: Mapping[str, list[str]], exact: Collection[str]) -> list[str]:
+    """What a witness means by `name`: what is called so, or else is it under wrappers, and no other one's name."""
+    if name in exact:
+        return [name]
+    return [path for path in by_form.get(canonical_path(name), []) if path not in exact]
+
+
+def _spoken(
+    group: Fused, evidence: Sequence[Evidence], found: Match, shared: Collection[str], cut: str = ""
+) -> tuple[tuple[str, ...], str]:
     """What the strongest witness that speaks says of a group."""
-    heard = [(group.candidates, group.witness)]
-    heard += [(one.of(group.host) or one.of(cut + group.host), one.witness) for one in evidence]
-    voices = [(tuple(path.removeprefix(cut) for path in paths), witness) for paths, witness in heard if paths]
+    alone = canonical_path(group.host) not in shared
+    heard = [(tuple(path.removeprefix(cut) for path in group.candidates), group.witness)]
+    heard += [(one.without(cut, group.host, alone=alone), one.witness) for one in evidence]
+    voices = [(paths, witness) for paths, witness in heard if paths]
     certain = [voice for voice in voices if len(voice[0]) == 1]
     if len({voice[0][0] for voice in certain}) > 1:
         found.notes.append(
@@ -203,6 +246,8 @@ def _by_convention(
     for group in groups:
         partners = {p for form in conventional(group.host) for p in byskeleton.get(form, [])}
         partners = {p for p in partners if not pool[p] or _fits(group, pool[p])}
+        beside = {p for p in partners if split_path(p)[0] == split_path(group.host)[0]}
+        partners = beside or partners  # a part may have a wrapper's name, and in it what is outside, too
         if len(partners) != 1:
             return
         settled[group.prefix] = partners.pop()
@@ -224,13 +269,14 @@ def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
     found = Match()
     silent: list[Fused] = []
     claims = Counter(path for group in schema.fused for path in group.candidates)
+    shared = _shared_forms(group.host for group in schema.fused)
     for group in schema.fused:
         if not group.certain:
             remedy = "pass like= (the float model, its state_dict, a path or its keys)"
             detail = f"{group.host} is either a fused pair that was not prepared or a Sequential of the float model"
             found.problems.append(Problem(ProblemKind.AMBIGUOUS, group.prefix, detail, remedy))
             continue
-        spoken, witness = _spoken(group, evidence, found)
+        spoken, witness = _spoken(group, evidence, found, shared)
         if len(spoken) > 1 and all(claims[path] == 1 for path in spoken):
             # an identity of the model's own stands beside the emptied place; no other norm can be meant by either
             named = [path for path in spoken if skeleton(path) in conventional(group.host)]

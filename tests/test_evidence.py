@@ -188,6 +188,31 @@ class Wrapping(nn.Module):
         return self.bn(self.conv(torch.relu(self.norm(self.module(x)))))
 
 
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x))
+
+
+class Namesakes(Part):
+    """A part has the name of a wrapper, and in it are the names that are outside, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Part()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(super().forward(x))
+
+
+class UntraceableNamesakes(Namesakes):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.stack([row / 2 for row in x]))
+
+
 class Lists(nn.Module):
     """Cannot be traced; each normalization is the only one of its size, and in another list than its convolution."""
 
@@ -208,8 +233,28 @@ _PAIRS: dict[type[nn.Module], list[list[str]]] = {
     Natural: [["conv1", "bn1"], ["conv2", "bn2"], ["conv3", "bn3"]],
     Parents: [["a.conv", "b.norm"], ["b.conv", "a.norm"]],
     Wrapping: [["module", "norm"], ["conv", "bn"]],
+    Namesakes: [["conv1", "bn1"], ["model.conv1", "model.bn1"]],
+    UntraceableNamesakes: [["conv1", "bn1"], ["model.conv1", "model.bn1"]],
     Lists: [[f"convs.{i}", f"norms.{i}"] for i in range(3)],
 }
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "net."])
+@pytest.mark.parametrize("data", ["batches", "defer"])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("make", [Namesakes, UntraceableNamesakes])
+def test_namesakes_under_a_part_with_a_wrappers_name(
+    make: type[nn.Module], traced: bool, data: str, wrapper: str
+) -> None:
+    model = fuse_modules_qat(make().train(), _PAIRS[make])
+    model.qconfig = get_default_qat_qconfig("x86")
+    model = prepare_qat(model)
+    state = scramble(make()).state_dict()
+    source = {wrapper + key: value for key, value in state.items()}
+    batches = [torch.rand(4, 4, 5, 5)] if data == "batches" else data
+    qc.load_checkpoint(model, source, calibration=batches, float_model=make() if traced else None)
+    for back in (qc.to_float(model), qc.to_float(model.state_dict()), qc.to_float(model, like=make())):
+        assert_same_state(dict(back), dict(state))
 
 
 @pytest.mark.parametrize("scale", [1, 255])

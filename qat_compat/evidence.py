@@ -14,6 +14,7 @@ from qat_compat.driving import Inputs, run_once
 from qat_compat.errors import Problem, ProblemKind
 from qat_compat.frameworks import Description, describe_model
 from qat_compat.norms import Evidence, Match
+from qat_compat.state import modules_of
 from qat_compat.trace import followers, watch_followers
 from qat_compat.transaction import rehearsal
 
@@ -45,7 +46,7 @@ def from_float_model(model: nn.Module) -> Evidence:
         >>> from_float_model(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))).by_host
         {'0': ('1',)}
     """
-    chains = followers(model, _hosts(dict(model.named_modules())), [], _is_norm)
+    chains = followers(model, _hosts(dict(modules_of(model))), [], _is_norm)
     return Evidence({host: chain[:1] for host, chain in chains.items()}, "trace of the float model")
 
 

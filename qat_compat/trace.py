@@ -8,6 +8,7 @@ real forward.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from qat_compat.isolation import preserved_random_state
-from qat_compat.state import join_path, split_path
+from qat_compat.state import join_path, modules_like, modules_of, split_path
 
 __all__ = ["Passes", "followers", "watch_followers"]
 
@@ -251,9 +252,18 @@ def followers(
     Returns:
         Host path -> follower paths; a host for which nothing could be learnt is absent.
     """
-    wanted, leaves = set(hosts), list(leaves)
-    if not wanted:
+    hosts, leaves = list(hosts), list(leaves)
+    if not hosts:
         return {}
+    names = _Names(model)
+    found = _first_followers(model, {names.first(host) for host in hosts}, leaves, passes)
+    return {host: names.near(host, found[first]) for host in hosts if (first := names.first(host)) in found}
+
+
+def _first_followers(
+    model: nn.Module, wanted: set[str], leaves: Iterable[nn.Module], passes: Passes
+) -> dict[str, tuple[str, ...]]:
+    """The same for hosts by their first names, with the first names of what follows."""
     paths = {id(module): path for path, module in model.named_modules()}
     model = _without_data(model, leaves)
     modules = dict(model.named_modules())
@@ -308,35 +318,56 @@ def watch_followers(
         hosts: Module paths to follow.
         passes: Which modules count as followers; only modules that hand their input on as it is can be seen through.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    origin: dict[int, tuple[str, Tensor]] = {}
-    found: dict[str, list[str]] = {}
+    names = _Names(model)
+    origin: dict[int, tuple[nn.Module, Tensor]] = {}
+    found: dict[int, list[str]] = {}
     handles = []
 
-    def leaving(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                origin[id(output)] = (path, output)  # held, so that its id is not given to another tensor
-
-        return hook
+    def leaving(module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            origin[id(output)] = (module, output)  # held, so that its id is not given to another tensor
 
     def entering(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any) -> None:
             if args and isinstance(args[0], Tensor) and id(args[0]) in origin:
-                chain = found.setdefault(origin[id(args[0])][0], [])
+                chain = found.setdefault(id(origin[id(args[0])][0]), [])
                 if path not in chain:
                     chain.append(path)
 
         return hook
 
+    hosts = list(hosts)
     try:
-        for host in hosts:
-            handles.append(modules[host].register_forward_hook(leaving(host)))
-        for path, module in modules.items():
-            if passes(module):
-                handles.append(module.register_forward_pre_hook(entering(path)))
+        for host in {id(names.modules[path]): names.modules[path] for path in hosts}.values():
+            handles.append(host.register_forward_hook(leaving))
+        for paths, module in modules_like(model, passes):
+            handles.append(module.register_forward_pre_hook(entering(paths[0])))
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return {host: tuple(chain) for host, chain in found.items()}
+    chains = {host: found.get(id(names.modules[host]), []) for host in hosts}
+    return {host: names.near(host, chain) for host, chain in chains.items() if chain}
+
+
+class _Names:
+    """Every name of every module: a module may stand under several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(modules_of(model))
+        self._all: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            self._all.setdefault(id(module), []).append(path)
+
+    def first(self, path: str) -> str:
+        """The name that a trace has for the module at `path`."""
+        return self._all[id(self.modules[path])][0] if path in self.modules else path
+
+    def near(self, host: str, paths: Iterable[str]) -> tuple[str, ...]:
+        """The same modules, each under its name that has most in common with the name of their host."""
+
+        def common(path: str) -> int:
+            pairs = zip(host.split("."), path.split("."), strict=False)
+            return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+        return tuple(max(self._all[id(self.modules[path])], key=common) for path in paths)

@@ -213,6 +213,29 @@ class UntraceableNamesakes(Namesakes):
         return super().forward(torch.stack([row / 2 for row in x]))
 
 
+class TwoNames(nn.Module):
+    """A part that cannot be traced stands under two names, and so does a convolution that nothing normalizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Crossed()])
+        self.part, self.head = self.parts[0], nn.Conv2d(4, 4, 1)
+        self.again = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.head(self.part(x)))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_modules_under_two_names(traced: bool) -> None:
+    model = fuse_modules_qat(TwoNames().train(), [[f"part.{name}" for name in pair] for pair in _PAIRS[Crossed]])
+    model.qconfig = get_default_qat_qconfig("x86")
+    model, state = prepare_qat(model), scramble(TwoNames()).state_dict()
+    float_model = TwoNames() if traced else None
+    qc.load_checkpoint(model, state, calibration=[torch.rand(2, 4, 5, 5)], float_model=float_model)
+    assert torch.equal(model.part.conv1.bn.weight, state["part.bn2.weight"])
+
+
 class Lists(nn.Module):
     """Cannot be traced; each normalization is the only one of its size, and in another list than its convolution."""
 

@@ -47,6 +47,27 @@ def test_followers_of_the_zoo(name: str, expected: dict[str, tuple[str, ...]]) -
     assert _follow(ARCHS[name].make()) == expected
 
 
+class TwoNames(nn.Module):
+    """A part, a convolution and a normalization stand under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))])
+        self.part = self.parts[0]
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.again, self.norm = self.conv, self.bn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.again(self.part(x)))
+
+
+def test_a_module_under_two_names_is_one_host_and_one_follower() -> None:
+    model = TwoNames()
+    expected = {"parts.0.0": ("parts.0.1",), "part.0": ("part.1",), "conv": ("bn",), "again": ("bn",)}
+    assert followers(model, expected, [], _norm) == expected
+    assert watch_followers(lambda: model(torch.ones(2, 3, 4, 4)), model, expected, _norm) == expected
+
+
 class Branching(nn.Module):
     """A branch on the data decides between two ways; each calls another pair."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from typing import TypeGuard
 
 import torch
@@ -328,7 +329,8 @@ def _stale(plan: Plan, description: Description) -> list[str]:
         if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED or quantizer.follows():
             findings.append(f"{quantizer.name}: {detail}")
         else:
-            remedy = f"drop='{_theirs(taken[quantizer.name], schema)}.*' recomputes the range from the weight"
+            theirs = escape(_theirs(taken[quantizer.name], schema))
+            remedy = f"drop='{theirs}.*' recomputes the range from the weight"
             problems.append(Problem(ProblemKind.STALE, quantizer.name, detail, remedy))
     if problems:
         raise PlanError(problems, file=plan.source, summary="the source holds ranges of other weights")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
 from qat_compat.frameworks import Needs, Quantizer, same_flow
+from qat_compat.names import is_named
 from qat_compat.norms import Match
 from qat_compat.origins import Origin, find_origins, key_of, spec_of
 from qat_compat.plan import Derive, Drop, How, Keep, Synthesize
@@ -34,7 +34,7 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
     mine = draft.target.by_quantizer()
     for quantizer, origin in origins:
         keys = mine.get(quantizer.name, [])
-        if any(fnmatchcase(name, glob) for glob in draft.quantizer_globs for name in (*quantizer.names, *keys)):
+        if is_named(draft.quantizer_globs, *quantizer.names, *keys):
             draft.steps.update({key: Keep(key, "asked for by keep=") for key in keys})
             if origin is not None:
                 _drop(draft, origin, "the target keeps its own value (keep=)")

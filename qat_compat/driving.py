@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from glob import escape
 from typing import Any
 
 import numpy as np
@@ -354,7 +355,7 @@ def _require_seen(chosen: Sequence[Quantizer], seen: set[str]) -> None:
             key=", ".join(shorten(collapse(idle), 8)),
             expected="every quantizer sees at least one tensor",
             remedy="add batches that reach them; load_checkpoint also takes calibration='defer', which leaves all"
-            f" quantizers to training, and keep= their names, such as {idle[0] + '*'!r},"
+            f" quantizers to training, and keep= their names, such as {escape(idle[0]) + '*'!r},"
             " which leaves these as they are",
         )
 

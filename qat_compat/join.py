@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from qat_compat.carry import quantizer_entries
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Quantizer
-from qat_compat.names import canonical
+from qat_compat.names import canonical, is_named
 from qat_compat.norms import Match
 from qat_compat.plan import Copy, Derive, Drop, Keep, Plan, sorted_problems
 from qat_compat.schema import UNKNOWN, Entry, Role, Schema, Stage
@@ -92,17 +91,13 @@ def doubts(source: Schema, taken: Iterable[str]) -> Iterator[Problem]:
             yield Problem(ProblemKind.AMBIGUOUS, key, detail, remedy)
 
 
-def _matches(globs: Iterable[str], *names: str) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs for name in names)
-
-
 def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
     """The schema less the keys that match and what is computed from them, and those keys; a glob that names nothing is
     an error."""
     if not globs:
         return schema, []
-    ignored = [key for key in schema if _matches(globs, key)]
-    idle = [glob for glob in globs if not any(fnmatchcase(key, glob) for key in ignored)]
+    ignored = [key for key in schema if is_named(globs, key)]
+    idle = [glob for glob in globs if not any(is_named([glob], key) for key in ignored)]
     if idle:
         raise PlanError(
             [
@@ -126,12 +121,12 @@ def _float_entries(draft: Draft, found: Match, ties: Mapping[str, Sequence[str]]
     missing: list[str] = []
     same_constants = _same_constants(draft)
     sites = {key: _float_name(key, target[key], found) for key in target.float_keys()}
-    asked = {key for key, site in sites.items() if goal.keep and _matches(goal.keep, key, site)}
+    asked = {key for key, site in sites.items() if goal.keep and is_named(goal.keep, key, site)}
     tied = {name for key in asked for name in ties.get(key, ())} - asked
     for key, site in sites.items():
         entry = target[key]
         if key in asked or key in tied:
-            kept_globs -= {glob for glob in goal.keep if _matches([glob], key, site)}
+            kept_globs -= {glob for glob in goal.keep if is_named([glob], key, site)}
             draft.steps[key] = Keep(key, "asked for by keep=" if key in asked else "tied to what keep= names")
             draft.kept_modules |= {split_path(key)[0], split_path(site)[0]}
             if (host := hosts.get(split_path(key)[0])) is not None:
@@ -156,7 +151,7 @@ def _float_entries(draft: Draft, found: Match, ties: Mapping[str, Sequence[str]]
     _missing(draft, missing, found)
     draft.quantizer_globs = kept_globs
     for glob in sorted(kept_globs):
-        if not any(_matches([glob], key) for key in target):
+        if not any(is_named([glob], key) for key in target):
             draft.problem(ProblemKind.MISSING, glob, "keep= names nothing in the target", "check its spelling")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
 from qat_compat.state import join_path, split_path
@@ -19,6 +20,7 @@ __all__ = [
     "conventional",
     "either",
     "idle_patterns",
+    "is_named",
     "is_positional",
     "renamed",
     "skeleton",
@@ -82,6 +84,16 @@ def canonical_site(site: str, prefix: str = "") -> str:
     kind, _, path = site.partition(":")
     host, plus, after = path.removeprefix(prefix).partition("+")
     return f"{kind}:{canonical_path(host)}{plus}{after}"
+
+
+def is_named(globs: Iterable[str], *names: str) -> bool:
+    """Whether a glob fits one of the names, or is one: names may hold what means something else in a glob.
+
+    Example:
+        >>> is_named(["fc.*"], "fc.weight"), is_named(["[CLS].weight"], "[CLS].weight")
+        (True, True)
+    """
+    return any(name == glob or fnmatchcase(name, glob) for glob in globs for name in names)
 
 
 def is_positional(quantizer: str) -> bool:

@@ -68,6 +68,16 @@ def test_globs_that_name_nothing_are_problems() -> None:
         without(schema(a__w=(2,)), ["heda.*"])
 
 
+def test_a_name_that_means_something_else_as_a_glob_is_that_name() -> None:
+    model, state = nn.ModuleDict({"[CLS]": nn.Linear(2, 2)}), {"[MASK].w?": torch.ones(2)}
+    with pytest.raises(qc.PlanError) as caught:
+        qc.load_checkpoint(model, state)
+    remedies = "".join(problem.remedy for problem in caught.value.problems)
+    assert all(f"{option!r}" in remedies for option in ("[MASK].w?", "[CLS].weight", "[CLS].bias"))
+    report = qc.load_checkpoint(model, state, drop="[MASK].w?", keep=["[CLS].weight", "[CLS].bias"])
+    assert (report.dropped, report.kept) == (1, 2)
+
+
 def test_a_converted_source_is_refused_for_a_target_that_is_not() -> None:
     source = Schema(schema(a__w=(2,)).entries, stage=Stage.CONVERTED)
     plan = _join(source, schema(a__w=(2,)), names=("int8.pt", "Net"))

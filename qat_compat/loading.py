@@ -201,7 +201,8 @@ def _matched(
         evidence.append(from_float_model(options.float_model))
     elif not description.quantizers and (source.fused or source.stage is Stage.FOLDED):
         evidence.append(from_float_model(description.view.model))
-    found = match(source, target, rename=options.rename, evidence=evidence)
+    matched = partial(match, source, target, rename=options.rename, keep=globs_of(options.keep))
+    found = matched(evidence=evidence)
     if not (found.is_in_doubt and target.fused) or data is None or callable(data):
         return found, evidence, data
     if dry and isinstance(data, Iterator):
@@ -210,13 +211,13 @@ def _matched(
     if batch is None:
         return found, evidence, data
     evidence += from_forward(description, options.float_model, batch, options.inputs)
-    found = match(source, target, rename=options.rename, evidence=evidence)
+    found = matched(evidence=evidence)
     if found.options and not dry:
         guessed = {p: found.norms[p][0] for p in found.options if p in found.norms}
         several = {p: paths for p, paths in found.options.items() if len(paths) > 1}  # one alone always fits best
         seen = from_statistics(description, found, several, opened.read, batch, options.inputs)
         if found.problems:
-            found = match(source, target, rename=options.rename, evidence=[*evidence, seen])
+            found = matched(evidence=[*evidence, seen])
         hosts = {one.prefix: one.host for one in target.fused}
         found.problems += contradictions(seen, guessed, hosts)
     return found, evidence, data

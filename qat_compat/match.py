@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from qat_compat.errors import Problem, ProblemKind
-from qat_compat.names import WRAPPERS, Rename, canonical, common_path, either, renamed
+from qat_compat.names import WRAPPERS, Rename, canonical, common_path, either, is_named, renamed
 from qat_compat.norms import Evidence, Match, choose
 from qat_compat.schema import Schema, Stage
 from qat_compat.state import join_path, split_path
@@ -20,7 +20,14 @@ from qat_compat.state import join_path, split_path
 __all__ = ["match"]
 
 
-def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequence[Evidence] = ()) -> Match:
+def match(
+    source: Schema,
+    target: Schema,
+    *,
+    rename: Rename = (),
+    evidence: Sequence[Evidence] = (),
+    keep: Sequence[str] = (),
+) -> Match:
     """Pair the float entries of two schemas.
 
     Example:
@@ -36,9 +43,10 @@ def match(source: Schema, target: Schema, *, rename: Rename = (), evidence: Sequ
         target: Schema of the model or layout.
         rename: Ordered (regex, replacement) pairs, applied to source keys.
         evidence: What a float model or a forward shows of fused normalizations, strongest first.
+        keep: Globs over target entries that the source need not hold: a new head has no part in a path that all have.
     """
     found = _match(source, target, rename, evidence, _one_wrapper(source, target, rename))
-    if not found.pairs and any(cut := _one_attribute(source, target, rename)):
+    if not found.pairs and any(cut := _one_attribute(source, target, rename, keep)):
         below = _match(source, target, rename, evidence, cut)
         below.pairs = {key: (origin, "common prefix") for key, (origin, _) in below.pairs.items()}
         if below.pairs or not found.problems:
@@ -75,10 +83,11 @@ def _one_wrapper(source: Schema, target: Schema, rename: Rename) -> tuple[str, s
     return "", ""
 
 
-def _one_attribute(source: Schema, target: Schema, rename: Rename) -> tuple[str, str]:
+def _one_attribute(source: Schema, target: Schema, rename: Rename, keep: Sequence[str]) -> tuple[str, str]:
     """The leading path that one side has before every name and the other has not: the training module's attribute."""
     left = common_path([renamed(source[key].site, rename) for key in source.float_keys()])
-    right = common_path([target[key].site for key in target.float_keys()])
+    mine = {key: target[key].site for key in target.float_keys()}
+    right = common_path([site for key, site in mine.items() if not (keep and is_named(keep, key, site))])
     if left != right and left.endswith(right):
         return left.removesuffix(right), ""
     if left != right and right.endswith(left):

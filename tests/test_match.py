@@ -155,6 +155,16 @@ def test_one_leading_path_is_taken_off_only_where_all_else_agrees() -> None:
     assert pairs(schema("bert.a.w"), schema("encoder.a.w", "encoder.b.w")) == {}
 
 
+@pytest.mark.parametrize(
+    ("keep", "found"), [(["head.*"], True), (["head.w", "head.b"], True), (["head.w"], False), ([], False)]
+)
+def test_what_is_kept_has_no_part_in_the_leading_path(keep: list[str], found: bool) -> None:
+    """A backbone's file, and a model that has it under an attribute beside a head of its own."""
+    target = schema("encoder.a.w", "encoder.b.w", "head.w", "head.b")
+    expected = {"encoder.a.w": "a.w", "encoder.b.w": "b.w"} if found else {}
+    assert pairs(schema("a.w", "b.w"), target, keep=keep) == expected
+
+
 # --- fused normalizations ---------------------------------------------------------------------------------------------
 
 _LEAVES = ("weight", "bias", "running_mean", "running_var")

@@ -261,7 +261,8 @@ def _layout_of(source: Source, like: Like) -> tuple[Source, _Layout]:
     else:
         captured = ()
     if not plan.ok:
-        raise PlanError(map(_of_like, plan.problems), file=source.checkpoint.name)
+        problems = [_of_like(problem, like, source.schema) for problem in plan.problems]
+        raise PlanError(problems, file=source.checkpoint.name)
     names: dict[str, str | None] = {}
     absent: list[str] = []
     for step in plan.steps:
@@ -289,9 +290,17 @@ _REMEDIES = {
 }
 
 
-def _of_like(problem: Problem) -> Problem:
+_UNTRACED = (
+    "a trace of the model in like= does not tell it: pass one whose normalizations are named after their convolutions"
+    " (conv1 and bn1, convs.0 and bns.0), and rename the keys of the result"
+)
+
+
+def _of_like(problem: Problem, like: Like, schema: Schema) -> Problem:
     """The problem with a next step that a caller of `to_float` can take, who has no `rename=`, `keep=` or `drop=`."""
     theirs = any(f"{option}=" in problem.remedy for option in ("rename", "keep", "drop"))
+    if isinstance(like, nn.Module) and any(problem.key == one.prefix for one in schema.fused):
+        return replace(problem, remedy=_UNTRACED)
     return replace(problem, remedy=_REMEDIES.get(problem.kind, "")) if theirs else problem
 
 

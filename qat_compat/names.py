@@ -23,7 +23,7 @@ __all__ = [
     "is_named",
     "is_positional",
     "renamed",
-    "skeleton",
+    "skeletons",
 ]
 
 Rename = Sequence[tuple[str, str]]
@@ -36,6 +36,10 @@ WRAPPERS = frozenset(
 # words that a naming convention puts in the place of each other: `conv1`/`bn1`, `conv_a`/`norm_a`, `expand`/`expand_bn`
 _CONVENTION = re.compile(
     r"_?(?:convolution|conv|linear|lin|dense|fc|batch_?norm(?:alization)?|normalization|norm|bn)(?![a-z])_?"
+)
+# the same of lists of them, which go by their index: `convs.0`/`bns.0`, `layers.0`/`norms.0`
+_LISTS = re.compile(
+    r"_?(?:convolutions|convs|linears|lins|fcs|layers|batch_?norms|normalizations|norms|bns)(?![a-z])_?"
 )
 
 
@@ -155,17 +159,37 @@ def renamed_site(site: str, rename: Rename) -> str:
     return f"{kind}:{renamed_path(host, rename)}{plus}{after}"
 
 
-def skeleton(path: str) -> str:
-    return ".".join(_CONVENTION.sub("", part) for part in canonical_path(path.lower()).split("."))
+def skeletons(path: str) -> set[str]:
+    """What is left of the name of a normalization without the words of a convention.
+
+    Example:
+        >>> sorted(skeletons("stage.bn1")), sorted(skeletons("stage.bns.1"))
+        (['stage.1'], ['stage.*.1', 'stage.bns.1'])
+    """
+    return {_skeleton(path)} | _in_list(path)
 
 
 def conventional(host: str) -> set[str]:
-    """Skeletons of the names that a normalization after `host` has by convention."""
-    forms = {skeleton(host)}
+    """Skeletons of the names that a normalization after `host` has by convention.
+
+    Example:
+        >>> sorted(conventional("stage.conv1")), sorted(conventional("stage.convs.1"))
+        (['stage.1'], ['stage.*.1', 'stage.convs.2'])
+    """
     parent, leaf = split_path(host)
-    if leaf.isdigit():
-        forms = {skeleton(join_path(parent, str(int(leaf) + 1)))}
-    return forms
+    after = join_path(parent, str(int(leaf) + 1)) if leaf.isdigit() else host
+    return {_skeleton(after)} | _in_list(host)
+
+
+def _skeleton(path: str) -> str:
+    return ".".join(_CONVENTION.sub("", part) for part in canonical_path(path.lower()).split("."))
+
+
+def _in_list(path: str) -> set[str]:
+    """The skeleton of a member of a list that is named after what is in it."""
+    parent, leaf = split_path(canonical_path(path.lower()))
+    around, name = split_path(parent)
+    return {join_path(around, _LISTS.sub("*", name), leaf)} if leaf.isdigit() and _LISTS.search(name) else set()
 
 
 def common_path(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from qat_compat.errors import Problem, ProblemKind
-from qat_compat.names import Rename, canonical_path, conventional, either, skeleton
+from qat_compat.names import Rename, canonical_path, conventional, either, skeletons
 from qat_compat.schema import UNKNOWN, Fused, Schema, Spec
 from qat_compat.state import join_path, split_path
 from qat_compat.text import counted
@@ -241,7 +241,8 @@ def _by_convention(
     """Settle groups by name (`conv1`/`bn1`, `0`/`1` in a Sequential), if each of them finds exactly one partner."""
     byskeleton: dict[str, list[str]] = {}
     for path in pool:
-        byskeleton.setdefault(skeleton(path), []).append(path)
+        for form in skeletons(path):
+            byskeleton.setdefault(form, []).append(path)
     settled: dict[str, str] = {}
     for group in groups:
         partners = {p for form in conventional(group.host) for p in byskeleton.get(form, [])}
@@ -279,7 +280,7 @@ def resolve_alone(schema: Schema, evidence: Sequence[Evidence] = ()) -> Match:
         spoken, witness = _spoken(group, evidence, found, shared)
         if len(spoken) > 1 and all(claims[path] == 1 for path in spoken):
             # an identity of the model's own stands beside the emptied place; no other norm can be meant by either
-            named = [path for path in spoken if skeleton(path) in conventional(group.host)]
+            named = [path for path in spoken if not skeletons(path).isdisjoint(conventional(group.host))]
             if len(named) == 1:
                 found.notes.append(f"{group.prefix}: {either(spoken)}; taken: {named[0]}, by convention")
                 spoken = tuple(named)

@@ -133,6 +133,28 @@ def test_what_is_left_over_is_not_the_one_that_is_missing() -> None:
     assert "the normalization fused into convs.0 could be other; pass float_model=" in str(caught.value)
 
 
+@pytest.mark.parametrize("wrapper", ["", "net."])
+def test_lists_of_a_model_that_cannot_be_traced_go_both_ways(wrapper: str) -> None:
+    model = fuse_modules_qat(Lists().train(), _PAIRS[Lists])
+    model.qconfig = get_default_qat_qconfig("x86")
+    model, state = prepare_qat(model), scramble(Lists()).state_dict()
+    source = {wrapper + key: value for key, value in state.items()}
+    qc.load_checkpoint(model, source, calibration=[torch.rand(4, 4, 5, 5)])
+    for like in (None, Lists(), state, list(state)):
+        assert_same_state(dict(qc.to_float(model, like=like)), dict(state))
+
+
+def test_what_the_model_in_like_does_not_tell() -> None:
+    model = fuse_modules_qat(Crossed().train(), _PAIRS[Crossed])
+    model.qconfig = get_default_qat_qconfig("x86")
+    float_model = nn.ModuleDict({name.replace("bn", "other"): part for name, part in Crossed().named_children()})
+    with pytest.raises(qc.PlanError) as caught:
+        qc.to_float(prepare_qat(model), like=float_model)
+    assert {problem.remedy.partition(":")[0] for problem in caught.value.problems if problem.key.endswith(".bn")} == {
+        "a trace of the model in like= does not tell it"
+    }
+
+
 class _Silent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -243,12 +265,13 @@ class Lists(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(n, n + 1, 1) for n in (4, 5, 6))
         self.norms = nn.ModuleList(nn.BatchNorm2d(n + 1) for n in (4, 5, 6))
+        self.head = nn.Conv2d(7, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.stack([row / 2 for row in x])
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(conv(x))
-        return x
+        return self.head(x)
 
 
 _PAIRS: dict[type[nn.Module], list[list[str]]] = {

@@ -229,6 +229,26 @@ def test_convention_is_silent_where_it_is_no_complete_bijection(norms: dict[str,
     assert {problem.key for problem in found.problems} == {"conv1.bn", "conv2.bn"}
 
 
+@pytest.mark.parametrize(
+    ("hosts", "norms", "found"),
+    [
+        (("convs.0", "convs.1"), ("bns.0", "bns.1"), True),
+        (("a.layers.0", "a.layers.1"), ("a.norms.0", "a.norms.1"), True),
+        (("convs1.0", "convs2.0"), ("bns1.0", "bns2.0"), True),
+        (("layers.0", "layers.2"), ("layers.1", "layers.3"), True),
+        (("layers.0", "layers.2"), ("layers.1", "norms.0"), False),  # a Sequential, or two lists
+        (("convs.0", "convs.1"), ("bns.1", "bns.2"), False),
+        (("convs.0", "convs.1"), ("bns1.0", "bns2.1"), False),
+    ],
+)
+def test_lists_of_convolutions_and_normalizations_go_by_their_index(
+    hosts: tuple[str, str], norms: tuple[str, str], found: bool
+) -> None:
+    target = _fused_side(*((host, 4, ()) for host in hosts))
+    paths = {prefix: path for prefix, (path, _) in _norms(_float_side(**dict.fromkeys(norms, 4)), target).items()}
+    assert paths == ({f"{host}.bn": norm for host, norm in zip(hosts, norms, strict=True)} if found else {})
+
+
 def test_the_only_shape_that_fits_decides_before_the_convention() -> None:
     found = _norms(_float_side(bn1=6, bn2=4), _fused_side(("conv1", 4, ()), ("conv2", 6, ())))
     assert {prefix: path for prefix, (path, _) in found.items()} == {"conv1.bn": "bn2", "conv2.bn": "bn1"}

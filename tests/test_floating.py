@@ -12,6 +12,7 @@ import torch
 from flows import prepare_for
 from test_apply import prepared, untouched
 from torch import Tensor, nn
+from torch.ao.quantization import fuse_modules_qat
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.qat import QATConfig
 from zoo import ARCHS
@@ -57,6 +58,18 @@ def test_like_sets_the_dtypes_and_the_order() -> None:
     assert list(back) == list(like)
     assert back["fc.weight"].dtype == back.spec("fc.weight").dtype == torch.float16
     assert torch.equal(back["fc.weight"], model.fc.weight.half())
+
+
+def test_a_model_that_is_fused_and_holds_no_quantizer_goes_both_ways(tmp_path: Path) -> None:
+    arch = ARCHS["plain"]
+    state, model = arch.state(), fuse_modules_qat(arch.make(), arch.fusions(arch.make()))
+    assert qc.load_checkpoint(model, state).copied == len(state)
+    saved = qc.save_checkpoint(model, tmp_path / "fused.pt")
+    for source in (model, saved):
+        assert_same_state(dict(qc.to_float(source)), state)
+    again = fuse_modules_qat(arch.make(), arch.fusions(arch.make()))
+    qc.load_checkpoint(again, saved)
+    assert_same_state(again, model)
 
 
 def test_a_dtype_of_like_that_cannot_hold_a_value_is_refused() -> None:

@@ -26,7 +26,7 @@ from qat_compat.frameworks.nncf import NNCF
 from qat_compat.frameworks.pt2e import PT2E
 from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
 from qat_compat.frameworks.sparseml import QuantWrapped, SparseML
-from qat_compat.frameworks.torch_ao import TorchAO
+from qat_compat.frameworks.torch_ao import FusedAlone, TorchAO
 from qat_compat.frameworks.torchao import TorchAOQAT
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec
 from qat_compat.state import collect_slots, has_extra_state, join_path, modules_of, split_path
@@ -70,6 +70,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
     AIMET(),
     NNCF(),
     CompressedTensors(),
+    FusedAlone(),
 )
 
 

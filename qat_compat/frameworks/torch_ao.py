@@ -44,7 +44,7 @@ from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_of, split_path
 from qat_compat.trace import followers
 
-__all__ = ["TorchAO"]
+__all__ = ["FusedAlone", "TorchAO"]
 
 # names of older torch versions -> today's
 _OLD_LEAVES = {"min_vals": "min_val", "max_vals": "max_val"}
@@ -282,6 +282,16 @@ class TorchAO(Framework):
         if parent in hosts and leaf in _OLD_BN_LEAVES and join_path(parent, "weight") in view.specs:
             return join_path(parent, "bn", _OLD_BN_LEAVES[leaf])
         return lstm_name(key) or key
+
+
+class FusedAlone(TorchAO):
+    """A model that is fused and holds no quantizer, yet or ever: fusion alone gives its parts other names."""
+
+    def owns_model(self, view: ModelView) -> bool:
+        return any(map(_is_fused_float, view.kinds))
+
+    def owns_keys(self, view: KeyView) -> bool:
+        return False  # its keys are those of a Sequential
 
 
 def _is_quantized(entries: Mapping[str, Entry], path: str) -> bool:

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from qat_compat.casting import cast_loss
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind
 from qat_compat.evidence import from_float_model
-from qat_compat.frameworks.base import is_captured, plain_entry
+from qat_compat.frameworks.base import is_captured, plain_entry, uncompiled
 from qat_compat.join import doubts, join
 from qat_compat.match import match
 from qat_compat.names import is_positional
@@ -125,7 +125,7 @@ def _unwrapped(source: SourceLike) -> SourceLike:
     while isinstance(source, nn.Module):
         if isinstance(source, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
             source = source.module
-        elif isinstance(inner := source._modules.get("_orig_mod"), nn.Module):  # what torch.compile makes
+        elif (inner := uncompiled(source)) is not source:
             source = inner
         else:
             break

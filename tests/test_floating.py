@@ -12,7 +12,7 @@ import torch
 from flows import prepare_for
 from test_apply import prepared, untouched
 from torch import Tensor, nn
-from torch.ao.quantization import fuse_modules_qat
+from torch.ao.quantization import fuse_modules_qat, get_default_qat_qconfig, prepare_qat
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.qat import QATConfig
 from zoo import ARCHS
@@ -70,6 +70,32 @@ def test_a_model_that_is_fused_and_holds_no_quantizer_goes_both_ways(tmp_path: P
     again = fuse_modules_qat(arch.make(), arch.fusions(arch.make()))
     qc.load_checkpoint(again, saved)
     assert_same_state(again, model)
+
+
+class Named(nn.Module):
+    """A part, or a buffer, is called like what a framework or a wrapper makes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.fc, self.name = nn.Linear(4, 4), name
+        if name == "qzeros":
+            self.register_buffer(name, torch.arange(4))
+        else:
+            self.add_module(name, nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = getattr(self, self.name)
+        return self.fc(x + own if isinstance(own, Tensor) else own(x))
+
+
+@pytest.mark.parametrize("name", ["activation_post_process", "weight_fake_quant", "qzeros", "_orig_mod"])
+def test_what_is_called_like_a_part_of_a_framework_is_the_models_own(name: str) -> None:
+    model, state = Named(name).train(), Named(name).state_dict()
+    model.qconfig = get_default_qat_qconfig("x86")
+    model = prepare_qat(model)
+    qc.load_checkpoint(model, state, calibration=[torch.randn(2, 4)])
+    for source in (model, model.state_dict()):
+        assert_same_state(dict(qc.to_float(source)), dict(state))
 
 
 def test_a_dtype_of_like_that_cannot_hold_a_value_is_refused() -> None:

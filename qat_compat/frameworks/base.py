@@ -31,6 +31,7 @@ __all__ = [
     "is_captured",
     "plain_entry",
     "tensorless_places",
+    "uncompiled",
 ]
 
 CAPTURED = "a tensor that the tracer captured: not in the float model's state_dict"
@@ -358,7 +359,7 @@ class Framework(ABC):
     def evaluation(self, model: nn.Module) -> Iterator[Callable[..., Any]]:
         """A callable that runs the model in eval mode; the model's own modes are as before afterwards."""
         modes = [(module, module.training) for module in model.modules()]
-        inner = getattr(model, "_orig_mod", model)
+        inner = uncompiled(model)
         if isinstance(inner, nn.DataParallel):
             inner = inner.module  # of its replicas on several devices only the first would keep what it sees
         try:
@@ -367,6 +368,13 @@ class Framework(ABC):
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, or the model as it is; a part of it may be called `_orig_mod`, too."""
+    compiled = any(kind.__name__ == "OptimizedModule" for kind in type(model).__mro__)
+    inner = model._modules.get("_orig_mod") if compiled else None
+    return model if inner is None else inner
 
 
 def is_captured(key: str) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
-from qat_compat.frameworks.fake_quant import LEAVES, QUANTIZER_KEY
+from qat_compat.frameworks.fake_quant import LEAVES, quantizer_of
 from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
 from qat_compat.frameworks.torch_ao_lstm import lstm_name
 from qat_compat.schema import Recipe, Role, Spec, Stage
@@ -31,7 +31,8 @@ __all__ = ["Converted"]
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 _PACKED_PARAMS = re.compile(r"(?:(?P<host>.+?)\.)?_packed_params(?:\.\w+)*$")
 _SCALAR = re.compile(r"(?P<name>(?:\w+\.)*?\w*?)_(?P<part>scale|zero_point)_(?P<number>\d+)$")
-_OTHERS = ("qweight", "qzeros")
+_WORDS = ("qweight",)  # by which such layers are told
+_OTHERS = (*_WORDS, "qzeros")
 
 
 class Converted(KeyedFramework):
@@ -49,15 +50,16 @@ class Converted(KeyedFramework):
 
     def owns_keys(self, view: KeyView) -> bool:
         return any(
-            spec.dtype in _QUANTIZED or "_packed_params." in key or _is_others(key, spec) for key, spec in view.kinds
+            spec.dtype in _QUANTIZED or "_packed_params." in key or _is_others(key, spec, _WORDS)
+            for key, spec in view.kinds
         )
 
     def place(self, key: str, spec: Spec) -> Place | None:
         parent, leaf = split_path(key)
-        if left := QUANTIZER_KEY.search(key):  # a module that was prepared and that `convert` passed by
-            quantizer, inner = key[: left.end()], key[left.end() + 1 :]
-            kind = "weight" if left[1] == "weight_fake_quant" else "output"
-            return Place(quantizer, site_of(kind, split_path(quantizer)[0]), inner, LEAVES.get(inner, Role.CONSTANT))
+        if (left := quantizer_of(key)) is not None:  # a module that was prepared and that `convert` passed by
+            (host, name), inner = split_path(left[0]), left[1]
+            kind = "weight" if name == "weight_fake_quant" else "output"
+            return Place(left[0], site_of(kind, host), inner, LEAVES[inner])
         if found := _PACKED_PARAMS.match(key) if "_packed_params" in key else None:
             host = found["host"] or ""
             return Place(host, site_of("weight", host), key[len(host) :].lstrip("."), Role.PACKED)
@@ -111,5 +113,5 @@ def _is_converted_class(kind: type) -> bool:
     return inside and not kind.__name__.endswith("FloatFunctional")
 
 
-def _is_others(key: str, spec: Spec) -> bool:
-    return key.endswith(_OTHERS) and (key.rpartition(".")[2] != "qweight" or not spec.dtype.is_floating_point)
+def _is_others(key: str, spec: Spec, names: tuple[str, ...] = _OTHERS) -> bool:
+    return key.endswith(names) and (key.rpartition(".")[2] != "qweight" or not spec.dtype.is_floating_point)

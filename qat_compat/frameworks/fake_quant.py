@@ -24,10 +24,19 @@ from qat_compat.ranges import magnitude, value_range
 from qat_compat.schema import Role
 from qat_compat.text import counted
 
-__all__ = ["LEAVES", "OBSERVER", "QUANTIZER_KEY", "FakeQuant", "has_base", "is_fake_quant", "is_observer"]
+__all__ = [
+    "LEAVES",
+    "OBSERVER",
+    "FakeQuant",
+    "has_base",
+    "is_fake_quant",
+    "is_observer",
+    "quantizer_of",
+    "quantizers_of",
+]
 
 OBSERVER = "activation_post_process"
-QUANTIZER_KEY = re.compile(r"(?:^|\.)(weight_fake_quant|activation_post_process(?:_\d+)?)(?=\.)")
+_QUANTIZER = re.compile(r"(?:^|\.)(weight_fake_quant|activation_post_process(?:_\d+)?)(?=\.)")
 
 # leaf of a quantizer's state -> role; the same table for models and for files
 LEAVES: Mapping[str, Role] = {
@@ -51,6 +60,8 @@ LEAVES: Mapping[str, Role] = {
 
 _FLAGS = frozenset(leaf for leaf, role in LEAVES.items() if role is Role.ENABLED)
 _REMEDY = "calibrate this quantizer anew, or take it from a sound file"
+# names of older torch versions -> today's
+_OLD_LEAVES = {"min_vals": "min_val", "max_vals": "max_val"}
 
 # a fused kernel and the Python formula differ in the last bits; another grid differs by a factor near 2
 _SCALE_TOLERANCE = 0.05
@@ -63,6 +74,32 @@ _MIN_MAX_OBSERVERS = frozenset(
         "MovingAveragePerChannelMinMaxObserver",
     }
 )
+
+
+def quantizer_of(key: str, known: Collection[str] = ()) -> tuple[str, str] | None:
+    """The quantizer that a key belongs to, and the name of the tensor within it, in today's words.
+
+    A module of the user's own may be called like a quantizer: one is told by a tensor that quantizers have.
+
+    Example:
+        >>> quantizer_of("fc.weight_fake_quant.scale"), quantizer_of("activation_post_process.0.weight")
+        (('fc.weight_fake_quant', 'scale'), None)
+
+    Args:
+        key: Key of a state_dict.
+        known: Quantizers of which other tensors told: all that is under their names is theirs.
+    """
+    for match in _QUANTIZER.finditer(key):
+        name, *parts = key[: match.end()], *key[match.end() + 1 :].split(".")
+        leaf = ".".join([*parts[:-1], _OLD_LEAVES.get(parts[-1], parts[-1])])
+        if leaf in LEAVES or name in known:
+            return name, leaf
+    return None
+
+
+def quantizers_of(keys: Iterable[str]) -> set[str]:
+    """The quantizers that keys tell of."""
+    return {found[0] for key in keys if (found := quantizer_of(key)) is not None}
 
 
 def has_base(module: object, name: str) -> bool:

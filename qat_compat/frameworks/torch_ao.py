@@ -33,11 +33,12 @@ from qat_compat.frameworks.base import (
 from qat_compat.frameworks.fake_quant import (
     LEAVES,
     OBSERVER,
-    QUANTIZER_KEY,
     FakeQuant,
     has_base,
     is_fake_quant,
     is_observer,
+    quantizer_of,
+    quantizers_of,
 )
 from qat_compat.frameworks.torch_ao_lstm import is_lstm, lstm_name
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec, Stage
@@ -47,7 +48,6 @@ from qat_compat.trace import followers
 __all__ = ["FusedAlone", "TorchAO"]
 
 # names of older torch versions -> today's
-_OLD_LEAVES = {"min_vals": "min_val", "max_vals": "max_val"}
 _OLD_BN_LEAVES = {
     "gamma":               "weight",
     "beta":                "bias",
@@ -221,19 +221,18 @@ class TorchAO(Framework):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def owns_keys(self, view: KeyView) -> bool:
-        return any(QUANTIZER_KEY.search(key) for key, _ in view.kinds)
+        return any(quantizer_of(key) for key, _ in view.kinds)
 
     def describe_keys(self, view: KeyView) -> Schema:
         entries: dict[str, Entry] = {}
         hosts: set[str] = set()
+        known = quantizers_of(view.specs)
         for key, spec in view.specs.items():
-            match = QUANTIZER_KEY.search(key)
-            if match is None:
+            found = quantizer_of(key, known)
+            if found is None:
                 continue
-            quantizer = key[: match.end()]
+            quantizer, leaf = found
             parent, name = split_path(quantizer)
-            parts = key[match.end() + 1 :].split(".")
-            leaf = ".".join([*parts[:-1], _OLD_LEAVES.get(parts[-1], parts[-1])])
             kind = "weight" if name == "weight_fake_quant" else "output"
             if kind == "weight":
                 hosts.add(parent)

@@ -45,9 +45,13 @@ def rebuild_quantized(
     """
     if dtype not in _RANGES:
         raise _malformed("a quantized dtype", dtype)
-    scales = _values(quantizer.scale, torch.float64)
-    zero_points = _values(quantizer.zero_point, torch.float64)
-    _check_values(scales, zero_points, dtype, quantizer.scheme)
+    floats = quantizer.scheme is torch.per_channel_affine_float_qparams
+    scales = _values(quantizer.scale, torch.float64).to(torch.float64)
+    zero_points = _values(quantizer.zero_point, torch.float64 if floats else torch.int64)
+    # The word of the scheme is not to be trusted: torch writes per_channel_affine for both, and its reader tells them
+    # by the zero points, too.
+    is_float = quantizer.axis is not None and zero_points.is_floating_point()
+    _check_values(scales, zero_points.to(torch.float64), dtype, is_float)
     made: Tensor
     if quantizer.axis is None:
         made = torch._empty_affine_quantized(
@@ -58,7 +62,6 @@ def rebuild_quantized(
             raise _malformed(
                 f"an axis of {shape} with a scale for each channel", f"axis {quantizer.axis}, {scales.numel()} scales"
             )
-        is_float = quantizer.scheme is torch.per_channel_affine_float_qparams
         made = torch._empty_per_channel_affine_quantized(
             shape,
             scales=scales.to(torch.float32) if is_float else scales,
@@ -70,12 +73,11 @@ def rebuild_quantized(
 
 
 def _values(value: float | LazyTensor | list[float] | list[int], dtype: torch.dtype) -> Tensor:
-    if isinstance(value, (int, float, list)):
-        return torch.tensor(value, dtype=dtype, device="cpu")
-    return value.read().to(dtype)
+    """A tensor as it is; numbers in `dtype`."""
+    return torch.tensor(value, dtype=dtype, device="cpu") if isinstance(value, (int, float, list)) else value.read()
 
 
-def _check_values(scales: Tensor, zero_points: Tensor, dtype: torch.dtype, scheme: torch.qscheme) -> None:
+def _check_values(scales: Tensor, zero_points: Tensor, dtype: torch.dtype, is_float: bool) -> None:
     if scales.shape != zero_points.shape:
         raise _malformed("as many zero_points as scales", f"{zero_points.numel()} for {scales.numel()}")
     bad = ~(torch.isfinite(scales) & (scales > 0))
@@ -86,7 +88,7 @@ def _check_values(scales: Tensor, zero_points: Tensor, dtype: torch.dtype, schem
             found=f"{scales[bad].flatten()[0].item()} ({int(bad.sum())} of {scales.numel()})",
             remedy="the file was written by a run that never calibrated, or is corrupt; convert the model again",
         )
-    low, high = (-math.inf, math.inf) if scheme is torch.per_channel_affine_float_qparams else _RANGES[dtype]
+    low, high = (-math.inf, math.inf) if is_float else _RANGES[dtype]
     outside = ~((zero_points >= low) & (zero_points <= high))
     if bool(outside.any()):
         raise QParamError(

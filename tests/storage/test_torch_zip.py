@@ -99,6 +99,20 @@ def test_quantized_dtypes(tmp_path: Path, dtype: torch.dtype, per_channel: bool)
     assert_like_torch(tmp_path / "f.pt", torch.load(tmp_path / "f.pt", weights_only=True))
 
 
+@pytest.mark.parametrize("zip_file", [True, False])
+@pytest.mark.parametrize("zero_points", [[181.98, -3.5, 0.25], [0.0, 0.0, 0.0]])
+def test_zero_points_that_are_no_integers(tmp_path: Path, zero_points: list[float], zip_file: bool) -> None:
+    """Of a quantized embedding; torch writes the word of the scheme for integers for them, too."""
+    tensor = torch.quantize_per_channel(torch.randn(3, 4), torch.rand(3), torch.tensor(zero_points), 0, torch.quint8)
+    torch.save({"w": tensor}, tmp_path / "f.pt", _use_new_zipfile_serialization=zip_file)
+    expected = torch.load(tmp_path / "f.pt", weights_only=True)["w"]
+    assert expected.qscheme() is torch.per_channel_affine_float_qparams
+    found = open_source(tmp_path / "f.pt")["w"]
+    assert same(found, expected)
+    assert torch.equal(found.q_per_channel_zero_points(), tensor.q_per_channel_zero_points())
+    assert torch.equal(found.dequantize(), tensor.dequantize())
+
+
 @pytest.mark.parametrize(("scale", "zero_point"), [(float("nan"), 0), (0.0, 0), (-1.0, 0), (1.0, 10**6)])
 def test_impossible_qparams(tmp_path: Path, scale: float, zero_point: int) -> None:
     tensor = torch.quantize_per_tensor(torch.ones(2), 0.5, 7, torch.quint8)

@@ -64,19 +64,19 @@ class Archive:
     def read(self, record: Record) -> bytes:
         """A copy of the content of one record."""
         if record.method == _DEFLATED:
-            return self._inflate(record)
+            return bytes(self._inflate(record))
         return bytes(self.file.read(self._data(record), record.size))
 
     def head(self, record: Record, length: int) -> bytes:
         """The first bytes of one record; of a compressed one, all of them."""
         if record.method == _DEFLATED:
-            return self._inflate(record, most=length)
+            return bytes(self._inflate(record, most=length))
         return self.file.read(self.data_start(record), min(length, record.size))
 
     def tensor(self, record: Record) -> Tensor:
         """The content of one record as a uint8 tensor, over the file where it is not compressed."""
         if record.method == _DEFLATED:
-            return torch.frombuffer(bytearray(self._inflate(record)) or bytearray(1), dtype=torch.uint8)[: record.size]
+            return torch.frombuffer(self._inflate(record) or bytearray(1), dtype=torch.uint8)[: record.size]
         return self.file.tensor(self._data(record), record.size)
 
     def extent(self, record: Record) -> Extent | None:
@@ -113,7 +113,7 @@ class Archive:
         if record.method == _DEFLATED:
             found = zlib.crc32(self._inflate(record, check=False))
         else:
-            found = zlib.crc32(self.file.view(self.data_start(record), record.size))
+            found = self.file.crc32(self.data_start(record), record.size)
         if found != record.crc:
             raise self._broken(
                 "a record differs from its checksum", record.name, f"CRC-32 {record.crc:08x}", f"{found:08x}"
@@ -126,7 +126,7 @@ class Archive:
             self.check(record)
         return start
 
-    def _inflate(self, record: Record, *, check: bool = True, most: int | None = None) -> bytes:
+    def _inflate(self, record: Record, *, check: bool = True, most: int | None = None) -> bytearray:
         start = self.data_start(record)
         if record.size > max(_MAX_INFLATED, record.packed * _MAX_RATIO):
             raise LimitError(
@@ -137,9 +137,13 @@ class Archive:
                 found=f"{record.size} bytes",
                 remedy="this is no trainer's file; do not use it",
             )
-        engine = zlib.decompressobj(-15)
+        engine, data = zlib.decompressobj(-15), bytearray()
+        room = record.size + 1 if most is None else most
         try:
-            data = engine.decompress(self.file.view(start, record.packed), record.size + 1 if most is None else most)
+            for block in self.file.blocks(start, record.packed):
+                if engine.eof or len(data) == room:
+                    break
+                data += engine.decompress(block, room - len(data))
         except zlib.error as error:
             raise self._broken("a compressed record is corrupt", record.name, "a deflate stream", error) from error
         if most is not None:

@@ -65,9 +65,4 @@ def pieces(extent: Extent) -> Iterator[memoryview]:
     """
     if extent.check is not None:
         extent.check()
-    buffer = memoryview(bytearray(min(BLOCK, extent.nbytes)))
-    for at in range(0, extent.nbytes, BLOCK):
-        piece = buffer[: extent.nbytes - at]
-        extent.file.read_into(extent.start + at, [piece])
-        yield piece
-    extent.file.check_unchanged()
+    yield from extent.file.blocks(extent.start, extent.nbytes, BLOCK)

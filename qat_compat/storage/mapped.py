@@ -7,7 +7,8 @@ import mmap
 import os
 import stat
 import weakref
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qat_compat.errors import CheckpointError, LimitError
 
 __all__ = ["MappedFile"]
 
+_BLOCK = 256 << 10  # bytes that are still in the cache when they are looked at
 _SPARSE_FROM = 1 << 30
 _SPARSE_RATIO = 64
 
@@ -61,10 +63,26 @@ class MappedFile:
         self.read_into(start, [memoryview(found)])
         return bytes(found)
 
-    def view(self, start: int, length: int) -> memoryview:
-        """`length` bytes, not copied."""
+    def blocks(self, start: int, length: int, size: int = _BLOCK) -> Iterator[memoryview]:
+        """`length` bytes, at most `size` at a time, each block in the memory of the one before; for several threads."""
         self._check_range(start, length)
-        return memoryview(self._map)[start : start + length]
+        if not hasattr(os, "preadv"):
+            for at in range(start, start + length, size):
+                yield memoryview(self.read(at, min(size, start + length - at)))
+            return
+        buffer = memoryview(bytearray(min(size, length)))
+        for at in range(start, start + length, size):
+            block = buffer[: start + length - at]
+            self.read_into(at, [block])
+            yield block
+        self.check_unchanged()
+
+    def crc32(self, start: int, length: int) -> int:
+        """CRC-32 of `length` bytes: of a copy, since the file may be cut while they are looked at."""
+        crc = 0
+        for block in self.blocks(start, length):
+            crc = zlib.crc32(block, crc)
+        return crc
 
     def tensor(self, start: int, length: int) -> Tensor:
         """`length` bytes as a uint8 tensor over the mapping."""
@@ -118,8 +136,8 @@ class MappedFile:
 
     def find_last(self, needle: bytes, start: int, end: int) -> int:
         """Offset of the last occurrence of `needle` in `start:end`, or -1."""
-        self._check_range(start, end - start)
-        return self._map.rfind(needle, start, end)
+        found = self.read(start, end - start).rfind(needle)
+        return found if found < 0 else start + found
 
     def _check_kind(self) -> None:
         mode = self._state.st_mode

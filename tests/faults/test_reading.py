@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -457,6 +458,43 @@ def test_a_file_that_changes_while_it_is_open(tmp_path: Path, suffix: str, edit:
         data = path.read_bytes()
         path.write_bytes(data)
         os.utime(path, (1, 1))
+    with pytest.raises(CheckpointError, match="changed while it was open"):
+        checkpoint["w"]
+
+
+@pytest.mark.parametrize("verify", [True, None])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_is_cut_while_its_checksums_are_compared(
+    tmp_path: Path, suffix: str, verify: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever touches a page of a mapping that has been cut off is killed."""
+    path = save({"w": torch.zeros(1 << 18)}, tmp_path / f"f{suffix}")
+    real = zlib.crc32
+
+    def cutting(data: Any, *start: int) -> int:
+        os.truncate(path, 4096)
+        return real(data, *start)
+
+    monkeypatch.setattr(zlib, "crc32", cutting)
+    with pytest.raises(CheckpointError, match="changed while it was open"):
+        open_source(path, verify=verify)["w"]
+
+
+def test_a_file_that_is_cut_while_a_record_is_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = random.Random(0).randbytes(1 << 20)
+    data = b"\x80\x02}X\x01\0\0\0w" + _tensor(b"J\0\0\4\0\x85", b"K\x01\x85", count=b"J\0\0\4\0") + b"s."
+    path = archive(tmp_path / "f.pt", data, {"data/0": content}, compression=zipfile.ZIP_DEFLATED)
+    checkpoint = open_source(path)
+
+    class Cutting:
+        eof = False
+        engine = zlib.decompressobj(-15)
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            os.truncate(path, 4096)
+            return self.engine.decompress(data, most)
+
+    monkeypatch.setattr(zlib, "decompressobj", lambda _: Cutting())
     with pytest.raises(CheckpointError, match="changed while it was open"):
         checkpoint["w"]
 

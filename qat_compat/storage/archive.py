@@ -101,6 +101,11 @@ class Archive:
                 )
         return record.start
 
+    def check_last_name(self) -> None:
+        """Compare the directory's name of the record that comes last in the file with the one that stands there."""
+        if self.records:
+            self.data_start(max(self.records.values(), key=lambda record: record.header))
+
     def check_all(self) -> None:
         """Compare every record with its CRC-32."""
         for record in self.records.values():

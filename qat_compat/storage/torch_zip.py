@@ -33,6 +33,7 @@ def _matches(source: Source) -> bool:
 def _open(source: Source) -> Opened:
     archive = source.archive
     prefix = _prefix(archive)
+    archive.check_last_name()  # where the mark is, which the directory may have lost
     ours = prefix + CHECKSUMS in archive.records
     archive.verify = bool(ours and source.verify is None)
     if source.verify:

@@ -146,6 +146,7 @@ class _Writer:
         except AttributeError as error:  # so Python says that it cannot pickle what is local to a function
             raise pickle.PicklingError(str(error)) from error
         small = {"data.pkl": buffer.getvalue(), ".format_version": b"1", ".storage_alignment": b"%d" % _ALIGNMENT}
+        # the mark comes last: there, readers look whether the directory has lost it
         small |= {"byteorder": sys.byteorder.encode(), "version": b"3\n", CHECKSUMS: b"1"}
         for name, data in small.items():
             self.archive.write(_ROOT + name, data)

@@ -437,6 +437,17 @@ def test_no_single_changed_byte_passes_for_data(tmp_path: Path, samples: dict[st
         assert all(torch.equal(found[key], value) for key, value in TENSORS.items()), place
 
 
+def test_no_changed_byte_of_the_directory_switches_the_checksums_off(tmp_path: Path, samples: dict[str, bytes]) -> None:
+    data = bytearray(samples["own.pt"])
+    data[data.index(TENSORS["a"].numpy().tobytes()) + 3] ^= 0x40
+    for place in range(data.index(b"PK\1\2"), len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 0x01
+        (tmp_path / "f").write_bytes(changed)
+        with pytest.raises(CompatError):
+            read_all(tmp_path / "f")
+
+
 def test_verify_finds_a_changed_byte_of_a_foreign_file(tmp_path: Path) -> None:
     torch.save({"w": torch.full((9,), 7, dtype=torch.uint8)}, tmp_path / "f.pt")
     data = (tmp_path / "f.pt").read_bytes()

@@ -305,6 +305,30 @@ def test_what_cannot_be_written_exactly_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("to", ["torchao", "compressed-tensors"])
+@pytest.mark.parametrize(
+    ("form", "more", "kind"),
+    [
+        ("Int8Tensor", {"block_size": [1, 0]}, qc.PlanError),
+        ("Int8Tensor", {"block_size": [1, 3]}, qc.PlanError),
+        ("IntxUnpackedToInt8Tensor", {"block_size": [1, 8], "target_dtype": "int99"}, qc.PlanError),
+        ("IntxUnpackedToInt8Tensor", {"block_size": [1, 8], "target_dtype": "int4"}, qc.CheckpointError),
+        ("IntxUnpackedToInt8Tensor", {"block_size": [1, 4], "target_dtype": "int8"}, qc.CheckpointError),
+    ],
+)
+def test_integers_that_are_not_what_their_file_says(
+    to: str, form: str, more: dict[str, Any], kind: type[qc.CompatError], tmp_path: Path
+) -> None:
+    """Groups of no size, more bits than there are, fewer than the integers take, scales for other groups."""
+    parts = {name: f"fc._weight_{name}" for name in ("qdata", "scale", "zero_point")}
+    state = {"fc._weight_qdata": torch.full((4, 8), 100, dtype=torch.int8), "fc._weight_scale": torch.ones(4, 1)}
+    checkpoint = qc.open_checkpoint({**state, "fc._weight_zero_point": torch.zeros(4, 1, dtype=torch.int8)})
+    checkpoint.attributes = {"fc.weight": {"class": form, "tensors": parts, "dtype": "float32", **more}}
+    with pytest.raises(kind, match=r"fc\.weight"):
+        qc.convert_checkpoint(checkpoint, to, tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_configuration_beside_a_file_is_kept(tmp_path: Path) -> None:
     model = TRAINED["int4 groups"]()
     (tmp_path / "model").mkdir()

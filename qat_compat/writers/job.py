@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qat_compat.errors import PlanError, Problem, ProblemKind
 from qat_compat.floating import Like
@@ -18,6 +19,7 @@ from qat_compat.storage import Checkpoint
 __all__ = ["Job", "Layer"]
 
 _INPUTS = ("", "symmetric", "asymmetric")
+_MOST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,20 @@ class Layer:
         return self.shape[1] // self.grid.group
 
     def integers(self) -> Integers:
-        found = self.source.computed(self.name, self.grid.sources, self.grid.compute)
-        return found._replace(zero_point=None) if self.symmetric else found
+        """They are what the layer says of itself, or it is an error: a file's words and tensors may differ."""
+        return self.source.computed(self.name, self.grid.sources, self._checked)
+
+    def _checked(self, *tensors: Tensor) -> Integers:
+        found = self.grid.compute(*tensors)
+        values, scale, zero = found if not self.symmetric else found._replace(zero_point=None)
+        groups = (self.shape[0], self.groups)
+        if values.shape != self.shape or scale.shape != groups or (zero is not None and zero.shape != groups):
+            raise ValueError(f"{list(values.shape)} integers with {list(scale.shape)} scales")
+        limit = 1 << (self.grid.bits - 1)
+        for part in (values, zero):
+            if part is not None and part.numel() and not (-limit <= int(part.min()) and int(part.max()) < limit):
+                raise ValueError(f"an integer of more than {self.grid.bits} bits")
+        return Integers(values, scale, zero)
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,9 @@ class Job:
             elif grid.inputs not in _INPUTS:
                 detail = f"the inputs of its layer are quantized in another way ({grid.inputs}) than anew per token"
                 problems.append(Problem(ProblemKind.LOSSY, key, detail, "write it as float"))
+            elif not _is_sound(grid, self.floats.spec(key).shape):
+                detail = f"it is said to be {grid.bits}-bit integers in groups of {grid.group}, which its shape belies"
+                problems.append(Problem(ProblemKind.INVALID, key, detail, "convert the model again"))
         if not grids:
             detail = "nothing says to which integers its weights are rounded"
             remedy = "pass the prepared module, a file of it by save_checkpoint, or a converted checkpoint"
@@ -120,3 +137,8 @@ class Job:
             zero_point = self.source.computed(name, grid.sources, grid.compute).zero_point
             symmetric = zero_point is None or not bool(zero_point.any())
         return Layer(name, shape, dtype, grid, symmetric, self.source)
+
+
+def _is_sound(grid: Rounding, shape: tuple[int, ...]) -> bool:
+    fits = len(shape) == 2 and grid.group > 0 and shape[1] % grid.group == 0
+    return fits and 1 <= grid.bits <= _MOST_BITS and grid.scale.is_floating_point

@@ -15,6 +15,7 @@ from typing import Any
 from qat_compat.text import collapse, counted, printable, shorten
 
 __all__ = [
+    "MALFORMED",
     "CalibrationError",
     "CheckpointError",
     "CompatError",
@@ -27,6 +28,9 @@ __all__ = [
     "UnsafeCheckpointError",
     "problem_lines",
 ]
+
+# What is raised where a file's word is taken for a number, a list or a mapping, and it is none.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 _SHOWN_PROBLEMS = 40
 _ALIKE = 3  # so many like problems, and more, are told as one

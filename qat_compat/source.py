@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat_compat.conventions import Form
 from qat_compat.encodings import form_from_record, with_encodings
-from qat_compat.errors import CheckpointError, CompatError
+from qat_compat.errors import MALFORMED, CheckpointError, CompatError
 from qat_compat.frameworks import Description, KeyView, beside, describe_keys, describe_model, is_consulted, with_sites
 from qat_compat.schema import Entry, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, memory_of, split_path
@@ -38,7 +38,7 @@ class Source:
         """One tensor: as it is held, or as its recipe gives it, or what no state_dict holds and our own files do."""
         recipe = self.schema.recipes.get(key)
         if recipe is not None:
-            return self.computed(key, recipe.sources, recipe.compute)
+            return self.computed(key, recipe.sources, partial(_of_shape, self.spec(key).shape, recipe.compute))
         return self._held(key)
 
     def _held(self, key: str) -> Tensor:
@@ -62,7 +62,7 @@ class Source:
         try:
             with torch.no_grad():
                 return compute(*tensors)
-        except (*_MALFORMED, AssertionError, ImportError, RuntimeError) as error:
+        except (*MALFORMED, AssertionError, ImportError, RuntimeError) as error:
             raise CheckpointError(
                 "the tensors that a weight is computed from do not fit together",
                 file=self.checkpoint.name,
@@ -97,6 +97,14 @@ class Source:
         return list(self.checkpoint.versions)
 
 
+def _of_shape(shape: tuple[int, ...], compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """What is computed, which a file's own word for the shape may contradict."""
+    value = compute(*tensors)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"it computes to {list(value.shape)} and not to {list(shape)}")
+    return value
+
+
 def open_any(source: SourceLike, *, select: str | None = None) -> Source:
     """Open a path, a mapping, a live module, or what has been opened before.
 
@@ -119,13 +127,13 @@ def open_any(source: SourceLike, *, select: str | None = None) -> Source:
     return _described(open_source(source, select=select))
 
 
-_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
 def _described(checkpoint: Checkpoint) -> Source:
     try:
         return _read_off(checkpoint)
-    except _MALFORMED as error:
+    except CompatError as error:
+        error.file = error.file or checkpoint.name
+        raise
+    except MALFORMED as error:
         raise CheckpointError(
             "what lies beside the weights (a record, a configuration, a framework's own state) is malformed",
             file=checkpoint.name,

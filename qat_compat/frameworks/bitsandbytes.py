@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qat_compat.frameworks.base import KeyView, plain_entry
-from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, decode_each, site_of
 from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
@@ -69,13 +69,18 @@ class BitsAndBytes(KeyedFramework):
         return Place(name, site_of(parameter, host), leaf, _PARTS.get(leaf, Role.CONSTANT))
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
-        found: dict[str, Decoded | str] = {}
+        scales: dict[str, str] = {}  # weight -> key of its scales
         for key in view.specs:
             if key.endswith(".absmax"):
-                found[split_path(key)[0]] = _decode_codes(split_path(key)[0], view)
+                scales[split_path(key)[0]] = key
             elif split_path(key)[1] == "SCB" and (weight := _rows(key, view)):
-                found[weight] = _decode_rows(weight, key, view)
-        return found
+                scales[weight] = key
+
+        def decode(name: str) -> Decoded | str:
+            by_row = split_path(scales[name])[1] == "SCB"
+            return _decode_rows(name, scales[name], view) if by_row else _decode_codes(name, view)
+
+        return decode_each(scales, view, decode)
 
 
 def _rows(key: str, view: KeyView) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from qat_compat.frameworks.base import KeyView
 from qat_compat.frameworks.compressed_layers import PARTS, Groups, decode_layer
-from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, holds_integers, site_of
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, decode_each, holds_integers, site_of
 from qat_compat.schema import Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
@@ -56,14 +56,13 @@ class CompressedTensors(KeyedFramework):
         return Stage.CONVERTED if packed or holds_integers(view.specs) else Stage.PREPARED
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
-        found: dict[str, Decoded | str] = {}
+        names: list[str] = []
         groups = Groups.of(view.config)
         for key, spec in view.specs.items():
             parent, leaf = split_path(key)
             if leaf == "weight_packed" or (leaf == "weight" and holds_integers({"weight": spec})):
-                name = join_path(parent, "weight")
-                found[name] = decode_layer(name, view, groups)
-        return found
+                names.append(join_path(parent, "weight"))
+        return decode_each(names, view, lambda name: decode_layer(name, view, groups))
 
 
 def _tells(key: str, view: KeyView) -> bool:

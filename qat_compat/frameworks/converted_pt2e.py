@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qat_compat.errors import QParamError
 from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
-from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, decode_each
 from qat_compat.schema import Recipe, Role, Schema, Spec, Stage
 from qat_compat.state import join_path, split_path
 
@@ -79,10 +79,11 @@ class ConvertedPT2E(KeyedFramework):
         doubtful = frozenset(key for key in entries if split_path(key)[0] in norms)
         return replace(schema, entries=entries, recorded=folded is not None, doubtful=doubtful)
 
-    def decoded(self, view: KeyView) -> Mapping[str, Decoded]:
+    def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
         recorded = view.record.get("integers")
         if isinstance(recorded, Mapping):
-            return {str(w): _recorded(str(w), how, view) for w, how in recorded.items() if str(w) in view.specs}
+            names = [weight for weight in recorded if weight in view.specs]
+            return decode_each(names, view, lambda name: _recorded(name, recorded[name], view))
         integers: dict[tuple[int, ...], list[str]] = {}
         weights: dict[tuple[int, ...], list[str]] = {}
         scales = [key for key in view.specs if _CONSTANT.match(key) and "_scale_" in key]
@@ -91,7 +92,7 @@ class ConvertedPT2E(KeyedFramework):
                 integers.setdefault(spec.shape, []).append(key)
             elif spec.dtype.is_floating_point and not _CONSTANT.match(key):
                 weights.setdefault(spec.shape, []).append(key)
-        found: dict[str, Decoded] = {}
+        found: dict[str, Decoded | str] = {}
         for shape, frozen in integers.items():
             fitting = [key for key in scales if view.specs[key].shape[:1] and view.specs[key].shape[0] in shape]
             others = [*fitting, *(key.replace("_scale_", "_zero_point_") for key in fitting)]

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
-from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, decode_each, site_of
 from qat_compat.schema import Integers, Recipe, Role, Rounding, Spec, Stage
 from qat_compat.state import join_path
 
@@ -89,7 +89,11 @@ class ConvertedTorchAO(KeyedFramework):
         return Place(join_path(host, name), site_of(kind, host), part, role)
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
-        return {name: _obstacle(about, view) or _decoded(name, about, view) for name, about in view.attributes.items()}
+        def decode(name: str) -> Decoded | str:
+            about = view.attributes[name]
+            return _obstacle(about, view) or _decoded(name, about, view)
+
+        return decode_each(view.attributes, view, decode)
 
 
 def _decoded(name: str, about: Mapping[str, Any], view: KeyView) -> Decoded:

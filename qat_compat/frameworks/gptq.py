@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qat_compat import packing
 from qat_compat.frameworks.base import KeyView, plain_entry
-from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, decode_each, site_of
 from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
@@ -58,8 +58,12 @@ class GPTQ(KeyedFramework):
         return Place(host, site_of("weight", host), leaf, _PARTS[leaf]) if leaf in _PARTS else None
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
-        hosts = [split_path(key)[0] for key in view.specs if split_path(key)[1] == "qweight"]
-        return {join_path(host, "weight"): _decode(host, view) for host in hosts}
+        hosts = {join_path(split_path(key)[0], "weight"): split_path(key)[0] for key in view.specs if _is_words(key)}
+        return decode_each(hosts, view, lambda name: _decode(hosts[name], view))
+
+
+def _is_words(key: str) -> bool:
+    return split_path(key)[1] == "qweight"
 
 
 def _parts(host: str, view: KeyView) -> dict[str, str]:

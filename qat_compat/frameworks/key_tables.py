@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from qat_compat.encodings import Encoded, encoded_entries, grid_text
+from qat_compat.errors import MALFORMED, CheckpointError
 from qat_compat.frameworks.base import CAPTURED, Framework, KeyView, ModelView, Quantizer, is_captured, plain_entry
 from qat_compat.schema import Entry, Recipe, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import split_path
 
-__all__ = ["Decoded", "KeyedFramework", "Place", "decoded_entries", "holds_integers", "site_of"]
+__all__ = ["Decoded", "KeyedFramework", "Place", "decode_each", "decoded_entries", "holds_integers", "site_of"]
 
 # what a weight is stored as when it is no master weight any more
 _INTEGERS = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
@@ -100,6 +101,38 @@ class KeyedFramework(Framework):
             unreadable={key: why for key, why in outcomes.items() if isinstance(why, str)},
             folds=self.folds,
         )
+
+
+def decode_each(
+    names: Iterable[str], view: KeyView, decode: Callable[[str], Decoded | str]
+) -> dict[str, Decoded | str]:
+    """What each weight is computed from.
+
+    Raises:
+        CheckpointError: What the file says of one is not what its framework writes.
+    """
+    found: dict[str, Decoded | str] = {}
+    for name in names:
+        try:
+            found[name] = one = decode(name)
+            if isinstance(one, Decoded):
+                _check(one, view)
+        except MALFORMED as error:
+            raise CheckpointError(
+                "what the file says of a quantized weight is malformed",
+                key=name,
+                found=f"{type(error).__name__}: {error}",
+                remedy="get a fresh copy of the file, or convert the model again",
+            ) from error
+    return found
+
+
+def _check(one: Decoded, view: KeyView) -> None:
+    if any(type(size) is not int or size < 0 for size in one.entry.shape):
+        raise ValueError(f"a weight of shape {one.entry.shape}")
+    missing = [key for key in one.recipe.sources if key not in view.specs]
+    if missing:
+        raise LookupError(f"its tensor {missing[0]} is not in the file")
 
 
 def decoded_entries(entries: Mapping[str, Entry], decoded: Mapping[str, Decoded]) -> dict[str, Entry]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat_compat import packing
 from qat_compat.frameworks.base import KeyView, plain_entry
-from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, holds_integers, site_of
+from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, decode_each, holds_integers, site_of
 from qat_compat.schema import Recipe, Role, Spec, Stage
 from qat_compat.state import join_path, split_path
 
@@ -63,7 +63,8 @@ class ModelOptExport(KeyedFramework):
         return Place(join_path(parent, kind), site_of(kind, parent), leaf, role)
 
     def decoded(self, view: KeyView) -> Mapping[str, Decoded | str]:
-        return {key: _decode(key, view) for key in view.specs if _is_quantized(key, view)}
+        names = [key for key in view.specs if _is_quantized(key, view)]
+        return decode_each(names, view, lambda name: _decode(name, view))
 
 
 def _is_quantized(key: str, view: KeyView) -> bool:

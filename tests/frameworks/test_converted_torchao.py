@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,41 @@ def test_torch_itself_loads_what_is_saved(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(fresh(batch), model(batch))
     assert_same_state(dict(qc.to_float(path)), dict(qc.to_float(model)))
+
+
+SOUND = {"block_size": [1, 8], "dtype": {"_type": "torch.dtype", "_data": "float32"}}
+MALFORMED = {
+    "no scale": (SOUND, ["qdata"]),
+    "a number of blocks": ({**SOUND, "block_size": 5}, ["qdata", "scale"]),
+    "blocks of one dimension": ({**SOUND, "block_size": [1]}, ["qdata", "scale"]),
+    "a shape of lists": ({**SOUND, "shape": [[4], 8]}, ["qdata", "scale"]),
+    "a negative shape": ({**SOUND, "shape": [4, -8]}, ["qdata", "scale"]),
+    "a granularity": ({**SOUND, "act_quant_kwargs": {"granularity": 1}}, ["qdata", "scale"]),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_a_file_says_of_a_weight_is_not_taken_for_granted(name: str, tmp_path: Path) -> None:
+    about, parts = MALFORMED[name]
+    held = {"qdata": torch.ones(4, 8, dtype=torch.int8), "scale": torch.ones(4, 1)}
+    told = {"_type": "Int8Tensor", "_data": about, "_tensor_data_names": parts}
+    header = {"tensor_names": '["fc.weight"]', "fc.weight": json.dumps(told)}
+    save_file({f"fc._weight_{part}": held[part] for part in parts}, tmp_path / "f.safetensors", metadata=header)
+    for call in (qc.open_checkpoint, qc.to_float):
+        with pytest.raises(qc.CheckpointError, match="malformed") as error:
+            call(tmp_path / "f.safetensors")
+        assert (error.value.key, error.value.file) == ("fc.weight", str(tmp_path / "f.safetensors"))
+
+
+def test_a_weight_of_another_shape_than_it_is_said_to_have() -> None:
+    tensors = {"qdata": "fc._weight_qdata", "scale": "fc._weight_scale"}
+    about = {"class": "Int8Tensor", "tensors": tensors, "block_size": [1, 8], "dtype": "float32", "shape": [4, 9]}
+    state = {"fc._weight_qdata": torch.ones(4, 8, dtype=torch.int8), "fc._weight_scale": torch.ones(4, 1)}
+    checkpoint = qc.open_checkpoint(state)
+    checkpoint.attributes = {"fc.weight": about}
+    with pytest.raises(qc.CheckpointError, match="do not fit together") as error:
+        qc.to_float(checkpoint)["fc.weight"]
+    assert (error.value.key, error.value.found) == ("fc.weight", "ValueError: it computes to [4, 8] and not to [4, 9]")
 
 
 def test_an_object_that_has_no_form_in_a_file_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import logging
@@ -20,6 +21,7 @@ __all__ = ["find_checkpoint"]
 _LOG = logging.getLogger(__name__)
 _SIDECARS = {".sha256": 64, ".md5": 32}  # suffix -> hexadecimal digits
 _BLOCK = 1 << 20
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # a link that leads nowhere, too
 
 
 def find_checkpoint(
@@ -28,7 +30,8 @@ def find_checkpoint(
     """The newest complete checkpoint that matches, or None: then training starts from scratch.
 
     A file is complete if it opens, and if its data fit its checksums: those in the file, and those of a sidecar
-    (`model.pt.sha256`, `model.pt.md5`) where there is one. An incomplete file is passed over, and the log says why.
+    (`model.pt.sha256`, `model.pt.md5`) where there is one. An incomplete file is passed over, and the log says why; one
+    that cannot be opened now, though it is there, is an error: it may be the newest.
 
     Example:
         >>> import tempfile, torch
@@ -45,27 +48,53 @@ def find_checkpoint(
         config: Values for the pattern. Needed only if it has fields.
 
     Raises:
-        CheckpointError: The pattern is none, or has a field that `config` has not.
+        CheckpointError: The pattern is none, or has a field that `config` has not; or the folder or a file in it
+            cannot be read (permissions, too many open files, the disk).
     """
     names = _filled(pattern, config or {})
-    root = Path(folder)
-    try:
-        found = [path for path in root.glob(names) if not path.name.startswith(".") and not _is_sidecar(path)]
-    except (NotImplementedError, ValueError) as error:
-        raise CheckpointError(
-            "the pattern is malformed",
-            key=pattern,
-            expected="a glob for names below the folder",
-            found=error,
-            remedy="pass the folder by itself, and the pattern of what is in it",
-        ) from error
-    for path in sorted(found, key=_age, reverse=True):
+    root = _folder(folder)
+    for path in sorted(_matching(root, names), key=_age, reverse=True):
         problem = _problem(path)
         if problem is None:
             return path
         _LOG.warning("%s is not complete and is passed over: %s", path, problem)
     _LOG.warning("no complete checkpoint matches %s in %s: training starts from scratch", names, root)
     return None
+
+
+def _folder(folder: str | os.PathLike[str]) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise CheckpointError(
+            "this is no folder", expected="a path", found=type(folder).__name__, remedy="pass where the checkpoints are"
+        )
+    return Path(os.fsdecode(folder))
+
+
+def _matching(root: Path, names: str) -> list[Path]:
+    try:
+        found = [path for path in root.glob(names) if not path.name.startswith(".") and not _is_sidecar(path)]
+        if not found and root.is_dir():
+            os.scandir(root).close()  # a glob keeps silent about a folder that may not be read
+    except (NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            "the pattern is malformed",
+            key=names,
+            expected="a glob for names below the folder",
+            found=error,
+            remedy="pass the folder by itself, and the pattern of what is in it",
+        ) from error
+    except OSError as error:
+        raise _unreadable(root, error) from error
+    return found
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "it cannot be told which checkpoint is the newest: this one cannot be read",
+        file=path,
+        found=error,
+        remedy="check its permissions, the disk and how many files may be open at a time (`ulimit -n`)",
+    )
 
 
 class _Escaped(string.Formatter):
@@ -78,9 +107,9 @@ class _Escaped(string.Formatter):
 def _filled(pattern: str, config: Mapping[str, Any]) -> str:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(
-            "the pattern is malformed", key=pattern, found=error, remedy="double a literal brace"
+            "the pattern is malformed", key=str(pattern), found=error, remedy="double a literal brace"
         ) from error
     missing = [name for name in fields if name not in config]
     if missing:
@@ -116,7 +145,25 @@ def _problem(path: Path) -> str | None:
     except SeveralSetsError:
         pass  # which of them is for whoever loads it to say
     except CheckpointError as error:
+        if (cause := _of_the_system(error)) is not None and cause.errno not in _NOT_THERE:
+            raise _unreadable(path, cause) from error
         return str(error.message)
+    try:
+        return _differs_from_sidecar(path)
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return "it has gone meanwhile"
+        raise _unreadable(path, error) from error
+
+
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """What the operating system said, where that is behind an error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error
+
+
+def _differs_from_sidecar(path: Path) -> str | None:
     for suffix, digits in _SIDECARS.items():
         sidecar = path.with_name(path.name + suffix)
         if path.is_file() and sidecar.is_file():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +52,43 @@ def test_incomplete_files_are_passed_over(tmp_path: Path, damage: str, caplog: p
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(tmp_path, "*") == older
     assert ("b.pt is not complete" in caplog.text) == (damage != "temporary")
+
+
+@pytest.mark.parametrize("place", ["a.pt", ""])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_what_cannot_be_read_now_is_an_error(
+    tmp_path: Path, place: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is whole: from scratch, or from an older one, training would overwrite it."""
+    checkpoint(tmp_path, "a.pt", 10)
+    refused = tmp_path / place
+
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *rest: Any) -> Any:
+            if str(path) == str(refused):
+                raise OSError(code, os.strerror(code))
+            return real(path, *rest)
+
+        return call
+
+    for name in ("open", "scandir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(CheckpointError, match="cannot be read") as error:
+        find_checkpoint(tmp_path, "*.pt")
+    assert error.value.file == str(refused)
+
+
+def test_a_link_that_leads_nowhere_is_passed_over(tmp_path: Path) -> None:
+    older = checkpoint(tmp_path, "a.pt", 10)
+    (tmp_path / "last.pt").symlink_to(tmp_path / "gone.pt")
+    (tmp_path / "loop.pt").symlink_to(tmp_path / "loop.pt")
+    assert find_checkpoint(tmp_path, "*.pt") == older
+
+
+@pytest.mark.parametrize("folder", [b".", None, 5])
+def test_what_is_no_folder_is_said(folder: Any) -> None:
+    with pytest.raises(CheckpointError, match="this is no folder"):
+        find_checkpoint(folder, "*.pt")
 
 
 def test_none_means_from_scratch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

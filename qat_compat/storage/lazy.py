@@ -26,6 +26,7 @@ __all__ = [
 
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 1 << 62
+_PER_BYTE = {torch.quint4x2: 2, torch.quint2x4: 4}  # of the dtypes with several values in a byte
 _MAX_EXPANSION = 64 << 20  # bytes that an expanded (stride 0) tensor may claim beyond what its storage holds
 
 
@@ -142,7 +143,7 @@ class StoredTensor(LazyTensor):
         check_extent(storage.name, storage.nbytes, dtype, shape, self.stride, offset)
         self.spec = Spec(shape, dtype)
         self.storage = storage
-        self.offset = offset
+        self.offset = 0 if 0 in shape else offset  # that of an empty tensor may lie anywhere
         self.quantizer = quantizer
         self.conj = conj
         self.neg = neg
@@ -242,9 +243,11 @@ def check_extent(
             found=f"size {short(shape)}, stride {short(stride)}, offset {short(offset)}",
             remedy="the file is corrupt; get a fresh copy",
         )
-    item = dtype.itemsize
+    item, packed = dtype.itemsize, _PER_BYTE.get(dtype)
+    if packed and stride == contiguous(shape) and offset == 0:
+        last = math.prod(shape[:-1]) * -(-shape[-1] // packed) - 1 if shape else 0  # each row begins with a byte
     if count == 0:
-        last = offset - 1  # an empty tensor touches nothing, but its offset still has to lie in the storage
+        last = -1  # an empty tensor touches nothing, whatever its offset
     if (last + 1) * item > nbytes:
         raise CheckpointError(
             "a tensor reaches beyond its storage",
@@ -253,7 +256,7 @@ def check_extent(
             found=f"{(last + 1) * item} bytes ({str(dtype).removeprefix('torch.')}, size {shape}, stride {stride})",
             remedy="the file is corrupt; get a fresh copy",
         )
-    if count * item > nbytes + _MAX_EXPANSION:
+    if count * item > nbytes * (packed or 1) + _MAX_EXPANSION:
         raise LimitError(
             "a tensor claims far more memory than the file holds for it",
             key=name,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.errors import CheckpointError, QParamError
-from qat_compat.storage import open_source
+from qat_compat.storage import open_source, save
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -97,6 +97,37 @@ def test_quantized_dtypes(tmp_path: Path, dtype: torch.dtype, per_channel: bool)
         tensor = torch.quantize_per_tensor(values, 0.1, 3, dtype)
     torch.save({"w": tensor, "t": tensor.transpose(0, 1)} if not per_channel else {"w": tensor}, tmp_path / "f.pt")
     assert_like_torch(tmp_path / "f.pt", torch.load(tmp_path / "f.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+@pytest.mark.parametrize("view", ["row", "none", "end"])
+def test_empty_views(tmp_path: Path, view: str, zip_file: bool) -> None:
+    """Their offset may lie behind the end of the storage; nothing is there to be touched."""
+    empty = {"row": torch.ones(3, 4)[3:, 2:], "none": torch.empty(3, 0)[1:], "end": torch.ones(4)[4:]}[view]
+    torch.save({"w": torch.ones(2), "e": empty}, tmp_path / "f.pt", _use_new_zipfile_serialization=zip_file)
+    assert_like_torch(tmp_path / "f.pt", torch.load(tmp_path / "f.pt", weights_only=True))
+    save(open_source(tmp_path / "f.pt"), tmp_path / "own.pt")
+    assert open_source(tmp_path / "own.pt")["e"].shape == empty.shape
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+@pytest.mark.parametrize("shape", [(10, 12), (3, 5), (2, 0)])
+@pytest.mark.parametrize("dtype", [torch.quint4x2, torch.quint2x4], ids=str)
+def test_several_values_in_a_byte(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, int], zip_file: bool) -> None:
+    """Of the embeddings of few bits; each row begins with a byte of its own."""
+    tensor = torch._empty_per_channel_affine_quantized(
+        shape, scales=torch.rand(shape[0]) + 1, zero_points=torch.rand(shape[0]), axis=0, dtype=dtype
+    )
+    raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    raw.copy_(torch.arange(raw.numel(), dtype=torch.uint8))
+    torch.save({"w": tensor}, tmp_path / "f.pt", _use_new_zipfile_serialization=zip_file)
+    save(open_source(tmp_path / "f.pt"), tmp_path / "own.pt")
+    expected = torch.load(tmp_path / "f.pt", weights_only=True)["w"]
+    for name in ("f.pt", "own.pt"):
+        found = open_source(tmp_path / name)["w"]
+        assert (found.dtype, found.shape, found.qscheme()) == (dtype, shape, expected.qscheme())
+        bits = [torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()) for value in (found, expected)]
+        assert torch.equal(bits[0][: raw.numel()], bits[1][: raw.numel()])
 
 
 @pytest.mark.parametrize("zip_file", [True, False])

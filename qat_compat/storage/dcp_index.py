@@ -180,7 +180,7 @@ class _IndexFile:
         made = []
         for piece in pieces:
             size = sizes.get(piece.offsets, spec.shape if len(sizes) <= 1 and not any(piece.offsets) else ())
-            if len(size) != len(spec.shape) or any(
+            if not len(size) == len(piece.offsets) == len(spec.shape) or any(
                 at + length > whole for at, length, whole in zip(piece.offsets, size, spec.shape, strict=True)
             ):
                 raise self._bad(name, "a piece of a tensor lies outside of it", spec, f"{size} at {piece.offsets}")

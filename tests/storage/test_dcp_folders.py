@@ -89,6 +89,17 @@ def test_a_tensor_in_pieces(tmp_path: Path) -> None:
     assert error.value.key == "w"
 
 
+@pytest.mark.parametrize("offset", [[], [0], [0, 0, 0]])
+def test_a_place_in_another_number_of_dimensions(tmp_path: Path, offset: list[int]) -> None:
+    folder = write(tmp_path / "dcp", {"w": torch.ones(2, 3)})
+    index = metadata(folder)
+    index.storage_data = {MetadataIndex("w", torch.Size(offset)): place for place in index.storage_data.values()}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="lies outside of it") as error:
+        open_source(folder)
+    assert error.value.key == "w"
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         import os

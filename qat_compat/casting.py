@@ -43,9 +43,12 @@ def cast_loss(value: Tensor, dtype: torch.dtype) -> Loss | None:
     lost = changed = 0
     rounds = dtype.is_floating_point and not value.is_complex()
     for part in _blocks(value):
-        cast = part.to(dtype)
+        try:
+            cast = part.to(dtype)
+        except NotImplementedError:  # of a dtype whose elements torch packs, which it does not convert at all
+            return Loss(f"torch cannot convert from {names}", True)
         if not rounds:  # of integers of one size, a number that wraps around comes back as it was, with another sign
-            changed += int(((cast.to(part.dtype) != part) | (_is_negative(cast) ^ _is_negative(part))).sum())
+            changed += int(((cast.to(part.dtype) != part) | _wraps(part, cast)).sum())
             continue
         lost += int((_is_finite(part) & ~_is_finite(cast)).sum())
         changed += int(((cast.to(part.dtype) != part) & (part == part)).sum())
@@ -55,13 +58,23 @@ def cast_loss(value: Tensor, dtype: torch.dtype) -> Loss | None:
     return Loss(f"{changed} of {value.numel()} values rounded from {names}", False) if changed else None
 
 
+def _wraps(part: Tensor, cast: Tensor) -> Tensor | bool:
+    """Where an integer has got another sign; of no complex number is one known."""
+    return False if part.is_complex() or cast.is_complex() else _is_negative(cast) ^ _is_negative(part)
+
+
 def _is_negative(value: Tensor) -> Tensor:
-    signed = value.dtype.is_signed and not value.is_complex()
-    return value < 0 if signed else torch.zeros((), dtype=torch.bool, device=value.device)
+    signed = value.dtype.is_signed
+    return _comparable(value) < 0 if signed else torch.zeros((), dtype=torch.bool, device=value.device)
 
 
 def _is_finite(value: Tensor) -> Tensor:
-    return torch.isfinite(value.float() if value.dtype.itemsize == 1 else value)  # torch cannot tell of float8
+    return torch.isfinite(_comparable(value))
+
+
+def _comparable(value: Tensor) -> Tensor:
+    """The same values, in a dtype of which torch knows which are finite and which negative: not so of float8."""
+    return value.float() if value.dtype.itemsize == 1 and value.is_floating_point() else value
 
 
 def is_widening(old: torch.dtype, new: torch.dtype) -> bool:

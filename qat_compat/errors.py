@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from qat_compat.text import collapse, counted, printable, shorten
+from qat_compat.text import collapse, counted, cut, printable, shorten
 
 __all__ = [
     "MALFORMED",
@@ -33,6 +33,7 @@ __all__ = [
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 _SHOWN_PROBLEMS = 40
+_LONGEST = 2000  # characters of one value in a message: a file can give its parts names of any length
 _ALIKE = 3  # so many like problems, and more, are told as one
 _SHOWN_NAMES = 8
 # What varies in the text of like problems: what is quoted, shapes, sites, names and numbers.
@@ -89,7 +90,7 @@ class CompatError(Exception):
             ("remedy", self.remedy),
         ]
         lines = [self.message]
-        lines += [f"  {name + ':':<9} {value}" for name, value in rows if value is not None]
+        lines += [f"  {name + ':':<9} {cut(value, _LONGEST)}" for name, value in rows if value is not None]
         return "\n".join(printable(line) for text in lines for line in text.split("\n"))
 
 
@@ -195,9 +196,12 @@ def problem_lines(problems: Sequence[Problem], limit: int = _SHOWN_PROBLEMS) -> 
     for group in told[:limit]:
         first = group[0]
         head = f"{counted(len(group), 'key')}, such as " if len(group) > 1 else ""
-        lines.append(printable(f"{first.kind.value:<12} {head}{first.key}: {first.text}"))
+        text = f"{cut(first.key, _LONGEST)}: {cut(first.text, _LONGEST)}"
+        lines.append(printable(f"{first.kind.value:<12} {head}{text}"))
         if len(group) > 1:
-            lines += [f"{'':<17}{name}" for name in shorten(collapse(one.key for one in group), _SHOWN_NAMES)]
+            lines += [
+                f"{'':<17}{cut(name, _LONGEST)}" for name in shorten(collapse(one.key for one in group), _SHOWN_NAMES)
+            ]
     if more := sum(map(len, told[limit:])):
         lines.append(f"... and {more} more, all in `.problems`")
     return lines
@@ -205,4 +209,5 @@ def problem_lines(problems: Sequence[Problem], limit: int = _SHOWN_PROBLEMS) -> 
 
 def _form(problem: Problem) -> tuple[object, ...]:
     """Equal for problems whose texts differ in names, shapes and numbers alone."""
-    return problem.kind, _VARYING.sub("", problem.detail), _VARYING.sub("", problem.remedy)
+    detail, remedy = (cut(text, _LONGEST) for text in (problem.detail, problem.remedy))
+    return problem.kind, _VARYING.sub("", detail), _VARYING.sub("", remedy)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["collapse", "counted", "printable", "shorten"]
+__all__ = ["collapse", "counted", "cut", "printable", "shorten"]
 
 _FOLDED = 300  # lines; folding by part takes time with the square of them
 _LISTED = 32  # names in one pair of braces; of more, the first few stand for all
@@ -119,6 +119,17 @@ def printable(text: str) -> str:
         \\x1b[31mconv\\n.weight
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or its two ends where it is longer than the limit.
+
+    Example:
+        >>> cut("x" * 3 + "y" * 1000 + "z" * 3, 8), cut("short", 8)
+        ('xxxy...yzzz (1,006 characters)', 'short')
+    """
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]} ({len(text):,} characters)"
 
 
 def counted(count: int, noun: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import random
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+import qat_compat as qc
 from qat_compat.errors import CheckpointError, CompatError, LimitError, UnsafeCheckpointError
 from qat_compat.storage import open_source, save
 
@@ -248,6 +250,23 @@ def test_no_message_or_hash_of_a_value_takes_forever(tmp_path: Path, name: str) 
     with pytest.raises(CheckpointError) as error:
         open_source(archive(tmp_path / "f.pt", data, {"data/0": bytes(4)}))
     assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("kind", ["a record", "a shard", "a key"])
+def test_no_message_is_as_long_as_a_name_in_the_file(tmp_path: Path, kind: str) -> None:
+    name = "x" * 60_000
+    if kind == "a record":
+        path = archive(tmp_path / "f.pt", b"\x80\x02}.", {"a": b"", name: b""})
+        path.write_bytes(path.read_bytes().replace(b"archive/xx", b"archive/xy", 1))
+    elif kind == "a shard":
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": {"w": name}}))
+    else:
+        path = save({name: torch.ones(2), f"{name}y": torch.ones(2)}, tmp_path / "f.pt")
+    with pytest.raises(CompatError) as error:
+        qc.load_checkpoint(torch.nn.ReLU(), path)
+    assert len(str(error.value)) < 20_000
+    assert " characters)" in str(error.value)
 
 
 VIEWS = {

@@ -49,6 +49,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync_folder(temporary)
         temporary.replace(path)
         sync_folder(path.parent)
+    except SaveError as error:
+        if error.file is not None:  # of a file in it, whose place will be gone when this is read
+            error.file = error.file.replace(str(temporary), str(path), 1)
+        raise
     except (OSError, ValueError) as error:
         raise SaveError(
             "the folder could not be written",

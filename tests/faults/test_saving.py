@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat_compat.errors import SaveError
 from qat_compat.schema import Spec
-from qat_compat.storage import Checkpoint, open_source, save
+from qat_compat.storage import Checkpoint, new_folder, open_source, save
 
 BOTH = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 
@@ -168,6 +168,13 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert output.split() == [str(errno.EFBIG)] * 2, errors
     assert [path.read_bytes() for path in paths] == before
     assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_folder_that_fails_is_called_by_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(SaveError) as error, new_folder(tmp_path / "out") as folder:
+        save({"w": torch.zeros(2, dtype=torch.complex128)}, folder / "model.safetensors")
+    assert error.value.file == str(tmp_path / "out" / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kill_9_in_the_middle(tmp_path: Path) -> None:

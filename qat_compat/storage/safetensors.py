@@ -371,12 +371,13 @@ def _make_header(contents: Contents, specs: Mapping[str, Spec], order: list[str]
         about[_STATE] = _state_json(state)
     header: dict[str, Any] = {"__metadata__": {**about, **contents.header}}
     for name, (shape, dtype) in specs.items():
-        if name == "__metadata__" or dtype not in _NAMES:
+        packed = dtype is torch.float4_e2m1fn_x2  # two numbers, of which a tensor without dimensions has but one
+        if name == "__metadata__" or dtype not in _NAMES or (packed and not shape):
             raise SaveError(
                 "a tensor has no form in safetensors", key=name, expected=", ".join(_DTYPES), found=str(dtype),
                 remedy="save as .pt",
             )  # fmt: skip
-        sizes = [*shape[:-1], shape[-1] * 2] if dtype is torch.float4_e2m1fn_x2 else list(shape)
+        sizes = [*shape[:-1], shape[-1] * 2] if packed else list(shape)
         header[name] = {"dtype": _NAMES[dtype], "shape": sizes, "data_offsets": list(offsets[name])}
     return header
 

@@ -187,7 +187,8 @@ def test_equal_content_is_equal_bytes(tmp_path: Path, suffix: str) -> None:
 
 def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
     quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    for value in (quantized, torch.ones(2, dtype=torch.complex128)):
+    packed = torch.tensor(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    for value in (quantized, torch.ones(2, dtype=torch.complex128), packed):
         with pytest.raises(SaveError, match="no form in safetensors") as error:
             save({"ok": torch.ones(1), "fc.w": value}, tmp_path / "f.safetensors")
         assert (error.value.key, error.value.remedy) == ("fc.w", "save as .pt")

@@ -43,10 +43,15 @@ class MappedFile:
         self.path = path
         try:
             # O_NONBLOCK: opening a pipe that nobody writes to returns at once instead of hanging.
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
-        self._close = weakref.finalize(self, os.close, self._fd)
+        try:
+            self._close = weakref.finalize(self, os.close, descriptor)
+        except BaseException:  # an interrupt, after which nobody else would close it
+            os.close(descriptor)
+            raise
+        self._fd = descriptor
         self._state = os.fstat(self._fd)
         self.size = self._state.st_size
         self._check_kind()

@@ -529,6 +529,20 @@ def test_a_file_that_is_cut_while_a_record_is_inflated(tmp_path: Path, monkeypat
         checkpoint["w"]
 
 
+def test_an_interrupt_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = save({"w": torch.zeros(3)}, tmp_path / "f.pt")
+    monkeypatch.setattr("weakref.finalize", interrupted)
+    free = os.open(path, os.O_RDONLY)
+    os.close(free)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(path)
+    with path.open("rb") as stream:
+        assert stream.fileno() == free
+
+
 def test_a_file_that_is_replaced_while_it_is_open(tmp_path: Path) -> None:
     path = save({"w": torch.zeros(3)}, tmp_path / "f.pt")
     checkpoint = open_source(path)

@@ -130,6 +130,8 @@ def decode_each(
 def _check(one: Decoded, view: KeyView) -> None:
     if any(type(size) is not int or size < 0 for size in one.entry.shape):
         raise ValueError(f"a weight of shape {one.entry.shape}")
+    if one.grid is not None and type(one.grid.group) is not int:
+        raise TypeError(f"groups of {one.grid.group!r}")
     missing = [key for key in one.recipe.sources if key not in view.specs]
     if missing:
         raise LookupError(f"its tensor {missing[0]} is not in the file")

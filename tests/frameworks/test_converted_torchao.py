@@ -234,6 +234,7 @@ MALFORMED = {
     "no scale": (SOUND, ["qdata"]),
     "a number of blocks": ({**SOUND, "block_size": 5}, ["qdata", "scale"]),
     "blocks of one dimension": ({**SOUND, "block_size": [1]}, ["qdata", "scale"]),
+    "a block of no size": ({**SOUND, "block_size": [1, None]}, ["qdata", "scale"]),
     "a shape of lists": ({**SOUND, "shape": [[4], 8]}, ["qdata", "scale"]),
     "a negative shape": ({**SOUND, "shape": [4, -8]}, ["qdata", "scale"]),
     "a granularity": ({**SOUND, "act_quant_kwargs": {"granularity": 1}}, ["qdata", "scale"]),

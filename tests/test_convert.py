@@ -302,6 +302,15 @@ def test_what_cannot_be_written_exactly_is_refused(tmp_path: Path) -> None:
         qc.convert_checkpoint(model, "compressed-tensors", out, like=net())
     with pytest.raises(qc.SaveError, match="is a safetensors file"):
         qc.convert_checkpoint(model, "torchao", tmp_path / "out.pt")
+    per_row = {"up.weight_scale": torch.ones(4, 1), "up.weight_shape": torch.tensor([4, 8])}
+    inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+    group = {"targets": ["up"], "weights": {"num_bits": 4}, "input_activations": inputs}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    packed = {"up.weight_packed": torch.ones(4, 1, dtype=torch.int32), **per_row}
+    symmetric = qc.open_checkpoint({"state_dict": packed, "quantization_config": config})
+    with pytest.raises(qc.PlanError, match="no tensor for such weights with symmetric inputs") as refused:
+        qc.convert_checkpoint(symmetric, "torchao", tmp_path / "out.safetensors")
+    assert refused.value.file == symmetric.name
     assert list(tmp_path.iterdir()) == []
 
 

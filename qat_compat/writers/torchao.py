@@ -63,7 +63,8 @@ def _check_inputs(job: Job, layers: Mapping[str, Layer]) -> None:
     odd = [layer for layer in layers.values() if layer.grid.inputs == "symmetric" and not _is_int8(layer)]
     if odd:
         detail = "torchao has no tensor for such weights with symmetric inputs"
-        raise PlanError([Problem(ProblemKind.LOSSY, layer.name, detail, "write it as float") for layer in odd])
+        problems = [Problem(ProblemKind.LOSSY, layer.name, detail, "write it as float") for layer in odd]
+        raise PlanError(problems, file=job.source.checkpoint.name)
 
 
 def _is_int8(layer: Layer) -> bool:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
-from qat_compat.frameworks import Description, Quantizer, doubtful, settle_all
+from qat_compat.frameworks import Description, Quantizer, compute_all_qparams, doubtful
 from qat_compat.isolation import preserved_random_state
 from qat_compat.plan import Copy, Derive, How, Keep, Plan, Step, Synthesize
 from qat_compat.schema import Role, Schema
@@ -234,9 +234,9 @@ def _synthesize(plan: Plan, description: Description, driving: Driving, staged: 
         )
     else:
         observe_weights(chosen.from_weights, known)
-    settle_all(chosen.settled)
+    compute_all_qparams(chosen.settled)
     for quantizer in chosen.spanned:
-        quantizer.span()
+        quantizer.compute_range()
     return batches
 
 
@@ -326,7 +326,7 @@ def _stale(plan: Plan, description: Description) -> list[str]:
         if factor is None or 1 / _DRIFT_NOTED < factor < _DRIFT_NOTED:
             continue
         detail = f"the weight reaches {factor:.3g} times the range that the source holds for it"
-        if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED or quantizer.follows():
+        if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED or quantizer.has_moving_average():
             findings.append(f"{quantizer.name}: {detail}")
         else:
             theirs = escape(_theirs(taken[quantizer.name], schema))

@@ -136,7 +136,7 @@ def calibrate(model: nn.Module, data: Data, *, inputs: Inputs | None = None, sta
         )
     with rehearsal(description):
         # what quantizes a weight while data runs changes what the others see
-        weights = [q for q in description.quantizers if q.needs is Needs.WEIGHTS and not q.stands_apart()]
+        weights = [q for q in description.quantizers if q.needs is Needs.WEIGHTS and not q.needs_no_forward()]
         batches = drive(description, [*weights, *chosen], data, inputs=inputs, statistic=statistic)
         names = {q.name for q in chosen}
         tensors = {

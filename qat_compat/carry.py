@@ -170,7 +170,7 @@ def _translate(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: 
         if theirs and mine:
             why = f"the source has the grid {theirs}, not {mine}"
         elif not mine:
-            why = quantizer.declines()
+            why = quantizer.refuses_transfer()
         _drop(draft, origin, f"{why}: cannot be carried")
         _synthesize(draft, quantizer, keys, why)
         return

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.errors import CalibrationError, QParamError
-from qat_compat.frameworks import Description, Needs, Quantizer, settle_all
+from qat_compat.frameworks import Description, Needs, Quantizer, compute_all_qparams
 from qat_compat.isolation import quiet
 from qat_compat.memory import read_flags
 from qat_compat.qparams import RangeHistogram, choose_range
@@ -225,14 +225,14 @@ def drive(
         )
     seen: set[str] = set()
     histograms = {q.name: RangeHistogram() for q in chosen if statistic != "native" and q.needs is Needs.DATA}
-    running = [q for q in chosen if not q.stands_apart()]
+    running = [q for q in chosen if not q.needs_no_forward()]
     with _held(description.quantizers):
         for quantizer in running:
-            quantizer.listen()
+            quantizer.start_observing()
         count = _run(description, running, data, seen, histograms, inputs, advance)
         still = [q for q in chosen if q.needs is Needs.WEIGHTS and q.name not in seen]
         observe_weights(still, known)
-        settle_all(quantizer for quantizer in running if quantizer.name in seen)
+        compute_all_qparams(quantizer for quantizer in running if quantizer.name in seen)
         for quantizer in running:
             if quantizer.name in histograms:
                 quantizer.set_range(*choose_range(histograms[quantizer.name], statistic))
@@ -244,11 +244,11 @@ def _held(quantizers: Sequence[Quantizer]) -> Iterator[None]:
     """Quantizers that neither observe nor quantize until they are told to, and have their switches again afterwards."""
     try:
         for quantizer in quantizers:
-            quantizer.hold()
+            quantizer.disable()
         yield
     finally:
         for quantizer in quantizers:
-            quantizer.release()
+            quantizer.restore_switches()
 
 
 def _run(
@@ -373,13 +373,13 @@ def observe_weights(quantizers: Sequence[Quantizer], known: Mapping[str, tuple[T
     with torch.no_grad(), quiet(), _held(quantizers):
         for quantizer in quantizers:
             assert quantizer.source is not None
-            quantizer.listen()
+            quantizer.start_observing()
             if known and quantizer.name in known:
                 quantizer.observe_range(*known[quantizer.name])
             else:
                 quantizer.observe(quantizer.source())
         _check_weights(quantizers)
-        settle_all(quantizers)
+        compute_all_qparams(quantizers)
 
 
 def _check_weights(quantizers: Sequence[Quantizer]) -> None:

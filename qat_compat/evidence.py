@@ -62,7 +62,7 @@ def from_forward(
     hosts = [one.host for one in description.schema.fused if one.host in description.view.modules]
     with rehearsal(description), framework.evaluation(model) as call:
         for quantizer in description.quantizers:
-            quantizer.hold()
+            quantizer.disable()
         chains = watch_followers(
             lambda: run_once(call, model, batch, inputs, 0), model, hosts, lambda module: type(module) is nn.Identity
         )
@@ -138,7 +138,7 @@ def from_statistics(
 
     with rehearsal(description, values), framework.evaluation(model) as call:
         for quantizer in description.quantizers:
-            quantizer.hold()
+            quantizer.disable()
         try:
             for host in prefixes:
                 handles.append(modules[host].register_forward_pre_hook(arriving(host)))

@@ -144,7 +144,7 @@ def _reductions(plan: Plan, description: Description) -> dict[str, list[Reductio
     runs = How.CALIBRATION in how.values()
     found: dict[str, list[Reduction]] = {}
     for quantizer in description.quantizers:
-        if how.get(quantizer.name) is How.WEIGHTS and (not runs or quantizer.stands_apart()):
+        if how.get(quantizer.name) is How.WEIGHTS and (not runs or quantizer.needs_no_forward()):
             wanted = quantizer.reduction()
             if wanted is not None:
                 found.setdefault(wanted.parameter, []).append(wanted)

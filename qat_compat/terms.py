@@ -82,7 +82,7 @@ def write_down(draft: Draft, quantizer: Quantizer, form: Form, keys: Sequence[st
         Why that cannot be exact; "" where it can, and is planned.
     """
     leaves = {draft.target[key].leaf: key for key in keys}
-    if refusal := quantizer.declines():
+    if refusal := quantizer.refuses_transfer():
         return refusal
     if not set(form.leaves.values()) <= set(leaves):
         return "the quantizer here holds no range"

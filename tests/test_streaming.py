@@ -186,7 +186,7 @@ def test_a_weight_is_looked_at_while_it_is_read_and_not_again(
     expected = prepared_for(flow, name)
     qc.load_checkpoint(expected, arch.state(), calibration=arch.batches())
     weights = [q for q in describe_model(model).quantizers if q.needs is Needs.WEIGHTS]
-    assert all(q.stands_apart() for q in weights) is not flow.startswith("torchao")
+    assert all(q.needs_no_forward() for q in weights) is not flow.startswith("torchao")
     looks = []
     for quantizer in weights:
         monkeypatch.setattr(type(quantizer), "observe", lambda *_: pytest.fail("a weight was looked at again"))

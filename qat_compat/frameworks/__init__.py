@@ -39,12 +39,12 @@ __all__ = [
     "Quantizer",
     "Reduction",
     "beside",
+    "compute_all_qparams",
     "describe_keys",
     "describe_model",
     "doubtful",
     "is_consulted",
     "same_flow",
-    "settle_all",
     "with_sites",
 ]
 
@@ -98,10 +98,10 @@ class Description:
     framework: Framework | None
 
 
-def settle_all(quantizers: Iterable[Quantizer]) -> None:
+def compute_all_qparams(quantizers: Iterable[Quantizer]) -> None:
     """Compute scale and zero_point of each from what it has observed."""
     for kind, same in _by_class(quantizers).items():
-        kind.settle_all(same)
+        kind.compute_all_qparams(same)
 
 
 def doubtful(quantizers: Iterable[Quantizer]) -> list[Quantizer]:

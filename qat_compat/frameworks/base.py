@@ -96,11 +96,11 @@ class Quantizer(ABC):
         return f"{type(self).__name__}({self.name!r}, {self.site!r}, needs={self.needs.value})"
 
     @abstractmethod
-    def hold(self) -> None:
+    def disable(self) -> None:
         """Neither observe nor quantize."""
 
     @abstractmethod
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         """Forget every range and observe; do not quantize, where the framework can tell the two apart."""
 
     @abstractmethod
@@ -115,20 +115,20 @@ class Quantizer(ABC):
         """See the range of the parameter that :meth:`reduction` names in place of what :attr:`source` makes of it."""
         raise NotImplementedError(f"{type(self.module).__name__} looks at more than a range")
 
-    def stands_apart(self) -> bool:
+    def needs_no_forward(self) -> bool:
         """Whether it hands its weight on as it is when it is held, so that it need not run with the data: the range of
         a weight is the same in every batch."""
         return False
 
     @abstractmethod
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         """Compute scale and zero_point from what was observed and write them to the quantizer's own tensors."""
 
     @classmethod
-    def settle_all(cls, quantizers: Sequence[Self]) -> None:
-        """:meth:`settle` of each; a device waits less if that can be done for many at once."""
+    def compute_all_qparams(cls, quantizers: Sequence[Self]) -> None:
+        """:meth:`compute_qparams` of each; a device waits less if that can be done for many at once."""
         for quantizer in quantizers:
-            quantizer.settle()
+            quantizer.compute_qparams()
 
     @abstractmethod
     def ranges(self) -> list[Tensor]:
@@ -167,12 +167,12 @@ class Quantizer(ABC):
         """Whether the forwards of a training give it a range, if it has none of the data yet."""
         return True
 
-    def follows(self) -> bool:
+    def has_moving_average(self) -> bool:
         """Whether its range moves after its weight in training, so that a run may be in a state where it lags far."""
         return False
 
-    def release(self) -> None:  # noqa: B027  (most frameworks keep their switches in tensors)
-        """Have the switches again that :meth:`hold` or :meth:`listen` found, where they are no tensors of the model."""
+    def restore_switches(self) -> None:  # noqa: B027  (most frameworks keep their switches in tensors)
+        """Put the switches back that :meth:`disable` or :meth:`start_observing` found, where they are no tensors."""
 
     def state(self, leaf: str, value: Tensor) -> Tensor | None:
         """One tensor of its state as its own `state_dict` would give it; None where that says nothing yet."""
@@ -200,7 +200,7 @@ class Quantizer(ABC):
         """
         return ""
 
-    def span(self) -> None:
+    def compute_range(self) -> None:
         """Set what was observed to the range that scale and zero_point span on the grid."""
         raise NotImplementedError(f"{type(self.module).__name__} keeps no range")
 
@@ -216,7 +216,7 @@ class Quantizer(ABC):
         """How it writes its range down; None where it has none, or none that other frameworks could tell."""
         return None
 
-    def declines(self) -> str:
+    def refuses_transfer(self) -> str:
         """Why it takes no range of another framework, whatever that is, or ""."""
         return "its quantizers take no other framework's range" if self.form() is None else ""
 

@@ -130,10 +130,10 @@ class Proxy(Quantizer):
         self._before.append((module, name, getattr(module, name)))
         setattr(module, name, on)
 
-    def hold(self) -> None:
+    def disable(self) -> None:
         self._set(self.module, "disable_quant", True)
 
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         for path, part in (*self._collectors.items(), *self._from_weight.items()):
             neutral = 0.0 if split_path(path)[1] == "zero_point_impl" else 1.0
             for name in ("value", "buffer"):
@@ -156,7 +156,7 @@ class Proxy(Quantizer):
     def observe(self, value: Tensor) -> None:
         """Nothing to see: activations are seen in the model's own forward, a weight when its value is settled."""
 
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         if self.source is not None:
             value = self.source()
             if not bool(torch.isfinite(value).all()):
@@ -170,7 +170,7 @@ class Proxy(Quantizer):
         for part in self._collectors.values():
             (part.init_scale if hasattr(part, "init_scale") else part.init_zp)()
 
-    def release(self) -> None:
+    def restore_switches(self) -> None:
         for module, name, before in reversed(self._before):
             setattr(module, name, before)
         self._before.clear()
@@ -241,10 +241,10 @@ class Proxy(Quantizer):
             return "brevitas.log2"
         return "brevitas.log" if "LogFloatRestrictValue" in parts else "brevitas.int"
 
-    def declines(self) -> str:
+    def refuses_transfer(self) -> str:
         if not self.leaves:
             return "it works its range out anew for every tensor"
-        return "its scales are powers of two" if self._scaling() == "brevitas.log2" else super().declines()
+        return "its scales are powers of two" if self._scaling() == "brevitas.log2" else super().refuses_transfer()
 
     def drift(self) -> float | None:
         leaf = next((leaf for leaf in self.leaves if role_of(leaf) is Role.AMAX), None)

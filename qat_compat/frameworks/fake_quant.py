@@ -173,7 +173,7 @@ class FakeQuant(Quantizer):
     def _symmetric(self) -> bool:
         return "symmetric" in str(getattr(self.observer, "qscheme", ""))
 
-    def span(self) -> None:
+    def compute_range(self) -> None:
         """`(qmin - zero_point) * scale` to `(qmax - zero_point) * scale`; about zero where the grid is symmetric."""
         scale, zero_point = self.module.scale, self.module.zero_point
         qmin, qmax = self.observer.quant_min, self.observer.quant_max
@@ -192,11 +192,11 @@ class FakeQuant(Quantizer):
         if isinstance(flag, Tensor):
             flag.fill_(int(on))
 
-    def hold(self) -> None:
+    def disable(self) -> None:
         for name in ("fake_quant_enabled", "observer_enabled", "static_enabled", "learning_enabled"):
             self._switch(name, False)
 
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         low, high = getattr(self.observer, "min_val", None), getattr(self.observer, "max_val", None)
         if isinstance(low, Tensor) and isinstance(high, Tensor):
             # not `reset_min_max_vals`: it puts new CPU tensors in place of buffers that may be elsewhere
@@ -247,7 +247,7 @@ class FakeQuant(Quantizer):
                 low, high = low.amin(), high.amax()
         self._hold_range(low, high)
 
-    def stands_apart(self) -> bool:
+    def needs_no_forward(self) -> bool:
         return self.needs is Needs.WEIGHTS and self._keeps_a_range()
 
     def _keeps_a_range(self) -> bool:
@@ -256,7 +256,7 @@ class FakeQuant(Quantizer):
     def _axis(self) -> int | None:
         return int(self.observer.ch_axis) if self.per_channel else None
 
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         if not hasattr(self.module, "scale"):
             return  # a bare observer: its ranges are its state
         with quiet():
@@ -266,7 +266,7 @@ class FakeQuant(Quantizer):
             getattr(self.module, leaf).requires_grad = True
 
     @classmethod
-    def settle_all(cls, quantizers: Sequence[FakeQuant]) -> None:
+    def compute_all_qparams(cls, quantizers: Sequence[FakeQuant]) -> None:
         left = dict.fromkeys(quantizers)
         with quiet():
             for group, observers in together((q, q.observer) for q in quantizers if q._is_plain()):
@@ -278,7 +278,7 @@ class FakeQuant(Quantizer):
                     quantizer._write(scale, zero_point)
                     del left[quantizer]
         for quantizer in left:
-            quantizer.settle()
+            quantizer.compute_qparams()
 
     def _is_plain(self) -> bool:
         """Whether scale and zero point are what its observer makes of a range, and nothing else."""
@@ -464,7 +464,7 @@ class FakeQuant(Quantizer):
     def observes_in_training(self) -> bool:
         return not hasattr(self.module, "observer_enabled") or _is_on(self.module.observer_enabled)
 
-    def follows(self) -> bool:
+    def has_moving_average(self) -> bool:
         moving = hasattr(self.module, "observer_enabled") and hasattr(self.observer, "averaging_constant")
         return moving and self.observes_in_training()
 

@@ -146,13 +146,13 @@ class AmaxQuantizer(Quantizer):
         shape = self._shape()
         return None if shape is None else math.prod(shape)
 
-    def hold(self) -> None:
+    def disable(self) -> None:
         module: Any = self.module
         if self._before is None:
             self._before = module._if_quant, module._if_calib
         module._if_quant = module._if_calib = False
 
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         module: Any = self.module
         # a copy, since what it has collected is no attribute of the module and would outlive a roll-back
         module._calibrator = copy.copy(module._calibrator)
@@ -178,14 +178,14 @@ class AmaxQuantizer(Quantizer):
         ends = torch.stack([low, high], -1)
         self.observe(ends.view(*ends.shape, *[1] * (self.source().dim() - ends.dim())))
 
-    def stands_apart(self) -> bool:
+    def needs_no_forward(self) -> bool:
         return self.reduction() is not None
 
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         module: Any = self.module
         self._write(module._calibrator.compute_amax())
 
-    def release(self) -> None:
+    def restore_switches(self) -> None:
         module: Any = self.module
         if self._before is not None:
             module._if_quant, module._if_calib = self._before
@@ -257,11 +257,11 @@ class AmaxQuantizer(Quantizer):
         grid = Grid(bits, not self.settings.unsigned, self.settings.narrow_range)
         return Form("modelopt.int", grid, {"_amax": "_amax"})
 
-    def declines(self) -> str:
+    def refuses_transfer(self) -> str:
         bits = self.settings.bits
         if not isinstance(bits, int):
             return f"its levels are floating-point numbers, E{bits[0]}M{bits[1]}"
-        return super().declines()
+        return super().refuses_transfer()
 
     def encoding(self) -> Encoding | None:
         amax = self.module._buffers.get("_amax")

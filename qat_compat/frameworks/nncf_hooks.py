@@ -45,16 +45,16 @@ class HookQuantizer(Quantizer):
         self._high: list[Tensor] = []
         self._hook: Any = None
 
-    def hold(self) -> None:
+    def disable(self) -> None:
         owner: Any = self.module
         owner.enabled.fill_(0)
 
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         self._low, self._high = [], []
         if self.source is None and self._hook is None:
             self._hook = self.module.register_forward_pre_hook(lambda _module, args: self.observe(args[0]))
 
-    def release(self) -> None:
+    def restore_switches(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -80,13 +80,13 @@ class HookQuantizer(Quantizer):
             self._low.append(low.view(self._shape))
             self._high.append((torch.maximum(low.abs(), high.abs()) if self._symmetric else high).view(self._shape))
 
-    def stands_apart(self) -> bool:
+    def needs_no_forward(self) -> bool:
         return self.source is not None
 
     def ranges(self) -> list[Tensor]:
         return [*self._low[-1:], *self._high[-1:]]
 
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         if self.source is not None and not self._low:
             self.observe(self.source())
         low, high = torch.stack(self._low), torch.stack(self._high)
@@ -161,7 +161,7 @@ class HookQuantizer(Quantizer):
             return Form("nncf.symmetric", grid, {"scale": "scale"})
         return Form("nncf.asymmetric", grid, {"input_low": "input_low", "input_range": "input_range"})
 
-    def declines(self) -> str:
+    def refuses_transfer(self) -> str:
         ratio = self.drift()
         half = ratio is not None and self._symmetric and ratio < 1 / _FULL_RANGE
         return "it leaves half of its levels unused, against overflow" if half else ""
@@ -191,16 +191,16 @@ class Factor(Quantizer):
     def __init__(self, names: tuple[str, ...], module: nn.Module, site: str) -> None:
         super().__init__(names, module, site, Needs.DEFINITION)
 
-    def hold(self) -> None:
+    def disable(self) -> None:
         """It has no switch."""
 
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         """It sees nothing."""
 
     def observe(self, value: Tensor) -> None:
         """It sees nothing."""
 
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         """It is what it is."""
 
     def ranges(self) -> list[Tensor]:

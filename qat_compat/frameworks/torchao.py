@@ -68,10 +68,10 @@ class IntxQuantizer(Quantizer):
         self._enabled = True
         self._before: dict[str, nn.Parameter | None] = {}
 
-    def hold(self) -> None:
+    def disable(self) -> None:
         """Nothing to switch: torchao's own first forward, which is its calibration, fake-quantizes."""
 
-    def listen(self) -> None:
+    def start_observing(self) -> None:
         module: Any = self.module
         self._enabled = module.enabled
         module.enabled = True
@@ -134,7 +134,7 @@ class IntxQuantizer(Quantizer):
             module.__dict__.pop(_LAST, None)
             module.config = config
 
-    def settle(self) -> None:
+    def compute_qparams(self) -> None:
         """The forward has written scale and zero_point already, as Parameters where ranges are learnt."""
         module: Any = self.module
         module.enabled = self._enabled

@@ -115,8 +115,8 @@ def test_quantizers_settled_together_hold_what_each_settles_to(package: ModuleTy
         alone = [quantizer for number, quantizer in enumerate(made()) if number not in without]
         all_together = [quantizer for number, quantizer in enumerate(made()) if number not in without]
         for quantizer in alone:
-            quantizer.settle()
-        FakeQuant.settle_all(all_together)
+            quantizer.compute_qparams()
+        FakeQuant.compute_all_qparams(all_together)
         for one, other in zip(alone, all_together, strict=True):
             state, expected = other.module.state_dict(), one.module.state_dict()
             assert list(state) == list(expected)

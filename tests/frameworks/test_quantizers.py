@@ -88,9 +88,9 @@ def test_a_weight_quantizer_knows_the_tensor_that_it_is_really_shown(flow: str, 
             handles.append(quantizer.module.register_forward_pre_hook(hook))
     with rehearsal(description), description.framework.evaluation(model) as call:
         for quantizer in description.quantizers:
-            quantizer.hold()
+            quantizer.disable()
             if flow.startswith("torchao"):
-                quantizer.listen()
+                quantizer.start_observing()
         call(arch.batches()[0])
     for handle in handles:
         handle.remove()
@@ -118,16 +118,16 @@ def test_the_range_of_a_parameter_is_all_that_a_weight_quantizer_needs(flow: str
             wanted = quantizer.reduction()
             assert wanted is not None, quantizer
             assert quantizer.source is not None
-            quantizer.hold()
-            quantizer.listen()
+            quantizer.disable()
+            quantizer.start_observing()
             quantizer.module(quantizer.source())
-            quantizer.settle()
+            quantizer.compute_qparams()
             module = quantizer.module
             expected = [module.scale.clone(), module.zero_point.clone(), *(one.clone() for one in quantizer.ranges())]
-            quantizer.listen()
+            quantizer.start_observing()
             parameter = description.view.slots[wanted.parameter].tensor.detach()
             quantizer.observe_range(*value_range(parameter, wanted.axis, wanted.group))
-            quantizer.settle()
+            quantizer.compute_qparams()
             found = [module.scale, module.zero_point, *quantizer.ranges()]
             assert all(map(torch.equal, found, expected)), quantizer
             assert [one.dtype for one in found] == [one.dtype for one in expected]
@@ -154,8 +154,8 @@ def test_a_rehearsal_gives_everything_back(flow: str, name: str) -> None:
     assert description.framework is not None
     with untouched(model), rehearsal(description), description.framework.evaluation(model) as call:
         for quantizer in description.quantizers:
-            quantizer.hold()
-            quantizer.listen()
+            quantizer.disable()
+            quantizer.start_observing()
         torch.rand(3)
         call(arch.batches()[0])
 

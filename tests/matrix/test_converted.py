@@ -62,7 +62,7 @@ def rounded_weights(model: nn.Module) -> nn.Module:
     """The prepared model with its weights rounded as `convert` rounds them, and nothing else."""
     model = copy.deepcopy(model)
     for quantizer in open_any(model).description.quantizers:
-        quantizer.hold()
+        quantizer.disable()
         if quantizer.needs is Needs.WEIGHTS:
             quantizer.module.forward = partial(rounded, quantizer.module)
     return model

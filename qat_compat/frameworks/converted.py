@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qat_compat.frameworks.base import KeyView, ModelView, plain_entry
-from qat_compat.frameworks.fake_quant import LEAVES, quantizer_of
+from qat_compat.frameworks.fake_quant_names import LEAVES, quantizer_of
 from qat_compat.frameworks.key_tables import Decoded, KeyedFramework, Place, site_of
 from qat_compat.frameworks.torch_ao_lstm import lstm_name
 from qat_compat.schema import Recipe, Role, Spec, Stage

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_compat.frameworks.base import CAPTURED, KeyView, ModelView, is_captured
-from qat_compat.frameworks.fake_quant import FakeQuant, is_fake_quant, is_observer
+from qat_compat.frameworks.fake_quant import FakeQuant
+from qat_compat.frameworks.fake_quant_names import is_fake_quant, is_observer
 from qat_compat.frameworks.torch_ao import TorchAO, fused_after
 from qat_compat.schema import Role, Schema
 from qat_compat.state import join_path, split_path

@@ -30,10 +30,10 @@ from qat_compat.frameworks.base import (
     plain_entry,
     tensorless_places,
 )
-from qat_compat.frameworks.fake_quant import (
+from qat_compat.frameworks.fake_quant import FakeQuant
+from qat_compat.frameworks.fake_quant_names import (
     LEAVES,
     OBSERVER,
-    FakeQuant,
     has_base,
     is_fake_quant,
     is_observer,

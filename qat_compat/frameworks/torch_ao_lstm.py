@@ -12,7 +12,7 @@ import re
 
 from torch import nn
 
-from qat_compat.frameworks.fake_quant import has_base
+from qat_compat.frameworks.fake_quant_names import has_base
 
 __all__ = ["is_lstm", "lstm_name"]
 

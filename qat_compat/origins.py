@@ -10,7 +10,7 @@ from qat_compat.draft import Draft
 from qat_compat.frameworks import Needs, Quantizer, same_flow
 from qat_compat.names import canonical_path, canonical_site, is_positional, renamed_path, renamed_site
 from qat_compat.norms import Match
-from qat_compat.schema import Role, Spec
+from qat_compat.schema import Role, Schema, Spec
 from qat_compat.state import split_path
 
 __all__ = ["Origin", "find_origins", "key_of", "spec_of"]
@@ -97,23 +97,35 @@ class _Hosts:
 
     def __init__(self, draft: Draft, match: Match) -> None:
         self._source = draft.source
-        self._holding = {split_path(draft.source[key].site)[0] for key in draft.source.float_keys()}
+        self._holding = {path for key in draft.source.float_keys() for path in _paths(draft.source, key)}
         self._paired: dict[str, set[str]] = {}
         self._same: set[str] = set()  # modules that have one path on both sides, and those around them
         for key, (origin, _) in match.pairs.items():
-            mine, theirs = split_path(draft.target[key].site)[0], split_path(draft.source[origin].site)[0]
-            self._paired.setdefault(mine, set()).add(theirs)
-            while mine == theirs and mine and mine not in self._same:
-                self._same.add(mine)
-                mine = theirs = split_path(mine)[0]
+            mine, theirs = _paths(draft.target, key), _paths(draft.source, origin)
+            for path in mine:
+                self._paired.setdefault(path, set()).update(theirs)
+            path = mine[0] if mine[0] == theirs[0] else ""
+            while path and path not in self._same:
+                self._same.add(path)
+                path = split_path(path)[0]
 
     def agree(self, quantizer: Quantizer, origin: Origin) -> bool:
         """Whether the source's state can be that of the quantizer's own module, by all that is paired."""
         mine, theirs = _host(quantizer.site), _host(self._source[next(iter(origin.leaves.values()))].site)
         if (paired := self._paired.get(mine)) is not None:
             return theirs in paired or theirs not in self._holding
-        alike = mine != theirs and canonical_path(mine) == canonical_path(theirs)
-        return not (alike and self._same.intersection((split_path(mine)[0], split_path(theirs)[0])))
+        alike = canonical_path(mine) == canonical_path(theirs)
+        return not alike or not (self._stands_apart(mine, theirs) or self._stands_apart(theirs, mine))
+
+    def _stands_apart(self, path: str, other: str) -> bool:
+        """Whether `path` is in a part that both sides have, and `other` is not in it."""
+        part = split_path(path)[0]
+        return part in self._same and not other.startswith(f"{part}.")
+
+
+def _paths(schema: Schema, key: str) -> tuple[str, str]:
+    """The module of a float tensor, in the float model's words and in its own."""
+    return split_path(schema[key].site)[0], split_path(key)[0]
 
 
 def _host(site: str) -> str:

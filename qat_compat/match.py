@@ -255,6 +255,11 @@ class _Matcher:
         for key, origin in pairs.items():
             assert origin is not None
             self._take(key, origin, "common prefix")
+        # which normalization is which is settled with all else
+        fused = {one.prefix for one in (*self.source.fused, *self.target.fused)}
+        self.found.problems = [problem for problem in self.found.problems if problem.key not in fused]
+        self.found.options.clear()
+        self.found.contested.clear()
         # what is left of the two when the path that both have is taken off: quantizers are under it, too
         if left_prefix.endswith(right_prefix):
             left_prefix, right_prefix = left_prefix.removesuffix(right_prefix), ""

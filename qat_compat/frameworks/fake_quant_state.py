@@ -125,14 +125,17 @@ class FakeQuantState(Quantizer):
 
     def misshapen(self, leaves: Collection[str]) -> Iterable[Problem]:
         taken, expected = {leaf.rpartition(".")[2] for leaf in leaves}, self.channels()
-        for owner, names in ((self.observer, ("min_val", "max_val")), (self.module, ("scale", "zero_point"))):
+        # of a range, nothing was seen yet; of scale and zero_point, the default that goes with that
+        for owner, names, unseen in (
+            (self.observer, ("min_val", "max_val"), 0),
+            (self.module, ("scale", "zero_point"), 1),
+        ):
             held = [value for name in names if isinstance(value := getattr(owner, name, None), Tensor)]
             if len(held) < 2 or taken.isdisjoint(names):
                 continue
             first, second = (tuple(value.shape) for value in held)
-            # of a range, nothing was seen yet; of scale and zero_point, the default that goes with that
-            counts = {expected, 0 if owner is self.observer else 1} if expected is not None else {math.prod(first)}
-            if first != second or math.prod(first) not in counts or (owner is self.module and len(first) != 1):
+            fits = expected is None or math.prod(first) in (expected, unseen)
+            if first != second or not fits or (names[0] == "scale" and len(first) != 1):
                 what = f", for {counted(expected, 'channel')}" if expected is not None else ""
                 detail = f"{names[0]} has the shape {list(first)} and {names[1]} {list(second)}{what}"
                 yield Problem(ProblemKind.INVALID, self.name, detail, _REMEDY)

@@ -75,7 +75,6 @@ UNSUPPORTED = {
     "gpt2": {
         **_TWO_VALUES,
         "modelopt-*/load": "as its transpose",
-        "modelopt-*/back": "as its transpose",
     },
 }
 # Glob over `model/flow/direction/container/granularity/dtype/device` -> what is wrong here. Each is a defect of ours:

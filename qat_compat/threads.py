@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
+
+import torch
 
 __all__ = ["THREADS", "in_threads"]
 
@@ -51,6 +53,35 @@ def _leave(processor: int) -> None:
             os.sched_setaffinity(0, allowed)
 
 
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch divides its kernels with, where that can be told how many threads to take."""
+    if os.name != "posix" or not hasattr(library := ctypes.CDLL(None), "omp_set_num_threads"):
+        return None
+    before = torch.get_num_threads()
+    library.omp_set_num_threads(before + 1)  # of the calling thread alone, and of one library if there are several
+    is_torchs = torch.get_num_threads() == before + 1
+    library.omp_set_num_threads(before)
+    return library if is_torchs else None
+
+
+@contextmanager
+def _undivided() -> Iterator[None]:
+    """Kernels of torch that this thread calls are not divided among threads of their own: the work is divided already.
+
+    Two threads that each start two more on two processors take twice the time of two.
+    """
+    library, before = _openmp(), torch.get_num_threads()
+    if library is None:
+        yield
+        return
+    try:
+        library.omp_set_num_threads(1)
+        yield
+    finally:
+        library.omp_set_num_threads(before)
+
+
 def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) -> None:
     """Run tasks in their order, several at a time; the first error stops those that have not begun and is raised.
 
@@ -75,16 +106,17 @@ def in_threads(tasks: Iterable[Callable[[], object]], threads: int = THREADS) ->
     def work(helps: bool = True) -> None:
         nonlocal callers
         try:
-            while not stop.is_set():
-                with lock:
-                    task = next(queue, None)
-                if task is None:
-                    return
-                if helps:
-                    _leave(callers)
-                else:
-                    callers = _processor()
-                task()
+            with _undivided():
+                while not stop.is_set():
+                    with lock:
+                        task = next(queue, None)
+                    if task is None:
+                        return
+                    if helps:
+                        _leave(callers)
+                    else:
+                        callers = _processor()
+                    task()
         except BaseException:
             stop.set()
             raise

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
+import torch
 
 from qat_compat import threads
-from qat_compat.threads import in_threads
+from qat_compat.threads import _openmp, in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +173,25 @@ def test_with_one_processor_there_is_nowhere_to_go() -> None:
     thread.start()
     thread.join()
     assert len(seen[0]) == 1
+
+
+def test_kernels_are_not_divided_again_in_the_threads_and_are_afterwards() -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        in_threads([lambda: seen.append(torch.get_num_threads()) for _ in range(8)], threads=2)
+        assert torch.get_num_threads() == 3
+        if _openmp() is not None:
+            assert set(seen) == {1}
+        in_threads([lambda: seen.append(torch.get_num_threads())], threads=1)
+        assert seen[-1] == 3  # alone, a kernel may take what it likes
+
+        def fails() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            in_threads([fails] * 4, threads=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

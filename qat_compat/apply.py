@@ -141,7 +141,7 @@ def _run_post_hooks(description: Description, staged: Staged, transaction: Trans
                 raise CompatError(
                     f"a load_state_dict post-hook of {type(module).__name__} raised {type(error).__name__}: {error}",
                     key=path or "<model>",
-                    remedy="the model is as it was; see the cause above",
+                    remedy="see the cause above; without inplace=True the model is as it was",
                 ) from error
     inside = tuple(path and f"{path}." for path in hooked)
     for key, slot in transaction.slots.items():

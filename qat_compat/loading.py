@@ -6,7 +6,6 @@ What is decided here is which evidence is asked for, and when: the data only for
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -175,8 +174,11 @@ def _with_idle_patterns(plan: Plan, source: Schema, options: Options) -> Plan:
 
 def _with_other_reader(plan: Plan, model: nn.Module) -> Plan:
     """Where most is missing, transformers may know the names: those on its disks are not always those of its models."""
-    folder = Path(plan.source) if os.path.isdir(plan.source) else Path(plan.source).parent  # noqa: PTH112 - any text
-    if plan.ok or not hasattr(type(model), "from_pretrained") or not is_there(folder / "config.json"):
+    place = Path(plan.source)
+    if plan.ok or not hasattr(type(model), "from_pretrained") or not is_there(place):
+        return plan
+    folder = place if place.is_dir() else place.parent
+    if not is_there(folder / "config.json"):
         return plan
     remedy = f"pass {type(model).__name__}.from_pretrained({str(folder)!r}) as the source, which knows names of its own"
     problems = [replace(one, remedy=remedy) if one.key == COVERAGE else one for one in plan.problems]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import math
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from qat_compat.state import Slot
 from qat_compat.storage import Extent, Read, read_all
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.terms import written
+from qat_compat.threads import in_threads
 
 __all__ = ["Reading", "Staged", "stage"]
 
@@ -170,8 +169,7 @@ class _Stager:
         self.origin: dict[str, str] = {}
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.mapped: list[Tensor] = []
-        self.mappings: dict[MappedFile, mmap.mmap] = {}  # of this load alone: two models must not share pages
-        self.mapped_ends: dict[MappedFile, list[tuple[float, float]]] = {}  # in order
+        self.maps: list[tuple[Slot, Spec, Extent]] = []
         self.streams: list[tuple[Slot, Spec, Extent]] = []
         self.forms = forms_of(reading.description)
 
@@ -216,6 +214,7 @@ class _Stager:
 
     def read(self) -> None:
         """Fill fresh memory with what streams from a file, then with all else."""
+        self._take_maps()
         targets = {slot.key: slot.tensor.dtype for slot, _, _ in self.streams}
         # quantizers resize buffers, so each of those has memory of torch's own
         large = [slot for slot, _, _ in self.streams if slot.is_parameter and self._device(slot).type == "cpu"]
@@ -238,21 +237,32 @@ class _Stager:
             return False
         if extent.start % spec.dtype.itemsize:
             return False  # kernels expect addresses that fit the element
-        file, start = extent.file, extent.start
-        ends = self.mapped_ends.setdefault(file, [])
-        at = bisect.bisect_right(ends, (start, math.inf))
-        before, after = ends[at - 1] if at else (0, 0), ends[at] if at < len(ends) else (math.inf, math.inf)
-        if before[1] > start or after[0] < start + extent.nbytes:
-            return False  # one storage of the file is not to become one of two parameters
-        ends.insert(at, (start, start + extent.nbytes))
-        if extent.check is not None:
-            extent.check()
-        mapping = self.mappings.get(file) or self.mappings.setdefault(file, file.mapped())
-        raw = torch.frombuffer(mapping, dtype=torch.uint8, count=extent.nbytes, offset=start)
-        value = raw.view(spec.dtype).view(spec.shape)
-        self.staged.tensors[slot.key] = value
-        self.mapped.append(value)
+        self.maps.append((slot, spec, extent))
         return True
+
+    def _take_maps(self) -> None:
+        """Give the model what lies over the file; what shares bytes with a tensor that it has by then is read instead.
+
+        One storage of a file is not to become one memory of two parameters.
+        """
+        mappings: dict[MappedFile, mmap.mmap] = {}  # of this load alone: two models must not share pages, either
+        ends: dict[MappedFile, int] = {}
+        taken: list[tuple[Slot, Spec, Extent]] = []
+        for one in sorted(self.maps, key=lambda one: one[2].start):
+            extent = one[2]
+            if extent.start < ends.get(extent.file, 0):
+                self.streams.append(one)
+            else:
+                ends[extent.file] = extent.start + extent.nbytes
+                taken.append(one)
+        in_threads(extent.check for _, _, extent in taken if extent.check is not None)
+        for slot, spec, extent in taken:
+            if extent.file not in mappings:
+                mappings[extent.file] = extent.file.mapped()
+            raw = torch.frombuffer(mappings[extent.file], dtype=torch.uint8, count=extent.nbytes, offset=extent.start)
+            value = raw.view(spec.dtype).view(spec.shape)
+            self.staged.tensors[slot.key] = value
+            self.mapped.append(value)
 
     def _stream(self, slot: Slot, source: str) -> bool:
         """Whether the bytes of the file can be read straight into memory that the model then has."""

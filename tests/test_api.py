@@ -257,3 +257,23 @@ def test_extra_state_of_a_module_is_carried(form: str, tmp_path: Path) -> None:
     model = _Counting()
     qc.load_checkpoint(model, source)
     assert model.count == 7
+
+
+def test_names_that_transformers_keeps_on_disk_are_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its folder does not fit its own model; a folder that happens to be the current one says nothing."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    trained = transformers.ViTForImageClassification(config)
+    trained.save_pretrained(tmp_path)
+    model = transformers.ViTForImageClassification(config)
+    with pytest.raises(qc.PlanError, match=r"ViTForImageClassification\.from_pretrained") as caught:
+        qc.load_checkpoint(model, tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    qc.load_checkpoint(model, type(model).from_pretrained(tmp_path))
+    assert_same_state(model, trained)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(qc.PlanError) as caught:
+        qc.load_checkpoint(model, {"other.weight": torch.ones(2)})
+    assert "from_pretrained" not in str(caught.value)

@@ -355,7 +355,7 @@ class _Part(nn.Module):
         return self.fc(self.quant(x))
 
 
-class _Namesakes(_Part):
+class Namesakes(_Part):
     """A part has the name of a wrapper, and in it are the names that are outside, too."""
 
     def __init__(self) -> None:
@@ -368,11 +368,11 @@ class _Namesakes(_Part):
 
 def test_a_calibration_knows_namesakes_apart() -> None:
     def fresh() -> nn.Module:
-        model = _Namesakes().train()
+        model = Namesakes().train()
         model.qconfig = get_default_qat_qconfig("x86")
         return prepare_qat(model)
 
-    state, batches, expected, model = _Namesakes().state_dict(), [torch.randn(8, 4)], fresh(), fresh()
+    state, batches, expected, model = Namesakes().state_dict(), [torch.randn(8, 4)], fresh(), fresh()
     qc.load_checkpoint(expected, state, calibration=batches)
     calibration = qc.calibrate(expected, batches)
     qc.load_checkpoint(model, state, calibration=calibration)

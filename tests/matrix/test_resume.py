@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from flows import FLOWS, cells, prepare_for
+from test_calibration import Namesakes
 from torch import Tensor, nn
-from torch.ao.quantization import QuantStub, get_default_qat_qconfig, get_default_qat_qconfig_mapping, prepare_qat
+from torch.ao.quantization import get_default_qat_qconfig, get_default_qat_qconfig_mapping, prepare_qat
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from zoo import ARCHS
 
@@ -122,26 +123,6 @@ def test_a_file_of_ours_resumes_a_graph_that_shares_quantizers(tmp_path: Path) -
     loaded = prepare(TwiceCalled())
     qc.load_checkpoint(loaded, qc.save_checkpoint(model, tmp_path / "qat.pt"))
     assert_same_state(loaded, model)
-
-
-class _Part(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.quant, self.fc = QuantStub(), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.quant(x))
-
-
-class Namesakes(_Part):
-    """A part has the name of a wrapper, and in it are the names that are outside, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = _Part()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(100 * super().forward(x))
 
 
 @pytest.mark.parametrize("saved", [False, True])

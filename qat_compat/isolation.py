@@ -81,6 +81,7 @@ def quiet() -> Iterator[None]:
             _QUIET.inside -= entered
             if entered and not _QUIET.inside:
                 _QUIET.filters[:] = _QUIET.before
+                _QUIET.filters = _QUIET.before = []  # nothing of this time is given back another time
 
 
 @contextmanager

@@ -21,13 +21,14 @@ endif
 export HF_HUB_OFFLINE := 1
 export PYTHONUTF8 := 1
 
-.PHONY: help demo test lint matrix bench clean
+.PHONY: help demo test late lint matrix bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train, load into a QAT model, calibrate, fine-tune, go back, convert: two minutes"
 	@echo "make test    lint, types, import layers, documentation examples, all tests"
 	@echo "make lint    the first three of these"
+	@echo "make late    the tests that need a GPU, on a device made for tests (in make test, too)"
 	@echo "make matrix  the full compatibility matrix, written to docs/matrix.md, .html and .json"
 	@echo "make bench   the benchmarks and their plots (BENCH_ARGS='--device cuda' on a GPU)"
 	@echo "make clean   remove the environment and the caches"
@@ -37,6 +38,13 @@ demo: $(VENV)/.demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(MAKE) late)
+
+# What needs an accelerator runs on the late device (tests/late), which is compiled for it once.
+late: export QAT_COMPAT_TESTS_DEVICE := late
+late: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m gpu tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/matrix/test_models.py --qat-matrix-only device=late
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def table(results: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the models are")
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda|xpu", help="where the models are")
     parser.add_argument("--only", choices=list(SUITES), help="one suite alone")
     parser.add_argument(
         "--model", choices=list(MODELS), help="with --only: one model alone, where the suite has several"

@@ -48,7 +48,7 @@ _device = torch.device("cpu")
 def use_device(name: str) -> None:
     """Have the models of this process on that device."""
     global _device
-    _device = torch.device(name, 0) if name == "cuda" else torch.device(name)
+    _device = torch.device(name) if name == "cpu" else torch.device(name, 0)
 
 
 def device() -> torch.device:
@@ -58,8 +58,7 @@ def device() -> torch.device:
 
 def _wait() -> None:
     """Until the device has done what it was given."""
-    if _device.type == "cuda":
-        torch.cuda.synchronize(_device)
+    torch.get_device_module(_device).synchronize(_device)
 
 
 Cases = Sequence[tuple[str, ...]]  # the arguments of each
@@ -211,7 +210,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": _device.type,
         "processor": model,
-        "accelerator": torch.cuda.get_device_name(_device) if _device.type == "cuda" else "",
+        "accelerator": "" if _device.type == "cpu" else torch.get_device_module(_device).get_device_name(_device),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "huge_pages": "".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled")),

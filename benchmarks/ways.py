@@ -35,14 +35,14 @@ class Way:
     Args:
         container: Suffix of the file or folder that it reads.
         load: Fills the model from the file.
-        devices: Types of device where it works.
+        devices: Types of device where it works; all if there are none.
         package: What it needs besides what the project needs.
         meta: Whether the model is on the meta device, and made by the load.
     """
 
     container: str
     load: Callable[[nn.Module, Path], object]
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ()
     package: str = "torch"
     meta: bool = False
 
@@ -52,7 +52,8 @@ class Way:
 
     @property
     def is_available(self) -> bool:
-        return device().type in self.devices and find_spec(self.package) is not None
+        here = not self.devices or device().type in self.devices
+        return here and find_spec(self.package) is not None
 
 
 def _load_file(model: nn.Module, path: Path) -> None:
@@ -148,8 +149,8 @@ WAYS: Mapping[str, Way] = {
     "load_file + load_state_dict": Way("safetensors", _load_file),
     "safe_open + copy": Way("safetensors", _safe_open),
     "pread into the model, two threads": Way("safetensors", _pread, devices=("cpu",)),
-    "fastsafetensors + copy": Way("safetensors", _fastsafetensors, package="fastsafetensors"),
-    "runai_model_streamer + copy": Way("safetensors", _runai, package="runai_model_streamer"),
+    "fastsafetensors + copy": Way("safetensors", _fastsafetensors, devices=("cpu", "cuda"), package="fastsafetensors"),
+    "runai_model_streamer + copy": Way("safetensors", _runai, devices=("cpu", "cuda"), package="runai_model_streamer"),
     "instanttensor + copy": Way("safetensors", _instanttensor, devices=("cuda",), package="instanttensor"),
     "qat_compat": Way("safetensors", _ours),
     "qat_compat inplace": Way("safetensors", partial(_ours, inplace=True)),

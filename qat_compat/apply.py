@@ -22,7 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from qat_compat.driving import Data, Inputs, drive, observe_weights
 from qat_compat.errors import CompatError, PlanError, Problem, ProblemKind, QParamError
-from qat_compat.frameworks import Description, Quantizer, compute_all_qparams, doubtful
+from qat_compat.frameworks import Description, Quantizer, compute_all_qparams, doubtful, drifts
 from qat_compat.isolation import preserved_random_state
 from qat_compat.plan import Copy, Derive, How, Keep, Plan, Step, Synthesize
 from qat_compat.schema import Role, Schema
@@ -321,9 +321,9 @@ def _stale(plan: Plan, description: Description) -> list[str]:
     taken = {schema[s.key].quantizer: s for s in plan.steps if _is_taken(s) and schema[s.key].role in ranges}
     findings: list[str] = []
     problems: list[Problem] = []
-    for quantizer in description.quantizers:
-        factor = quantizer.drift() if quantizer.name in taken else None
-        if factor is None or 1 / _DRIFT_NOTED < factor < _DRIFT_NOTED:
+    known = [quantizer for quantizer in description.quantizers if quantizer.name in taken]
+    for quantizer, factor in drifts(known).items():
+        if 1 / _DRIFT_NOTED < factor < _DRIFT_NOTED:
             continue
         detail = f"the weight reaches {factor:.3g} times the range that the source holds for it"
         if 1 / _DRIFT_REFUSED < factor < _DRIFT_REFUSED or quantizer.has_moving_average():

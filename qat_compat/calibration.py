@@ -15,6 +15,7 @@ from qat_compat.casting import bits_of
 from qat_compat.driving import Data, Inputs, check_data, drive
 from qat_compat.errors import CalibrationError, CheckpointError
 from qat_compat.frameworks import Description, Needs, describe_model
+from qat_compat.memory import read_numbers
 from qat_compat.names import by_form, canonical
 from qat_compat.qparams import STATISTICS
 from qat_compat.storage import open_source, save
@@ -167,19 +168,21 @@ def fingerprint(description: Description) -> str:
     It does not depend on wrappers, on the order of keys, on the device or on the number of threads: the sums in it are
     of integers, which are the same in any order.
     """
-    rows = []
+    slots = description.view.slots
+    held = {key: slots[key].tensor for key in description.schema.float_keys() if key in slots}
+    held = {key: value for key, value in held.items() if not value.is_meta and value.is_floating_point()}
     with torch.no_grad():
-        for key in description.schema.float_keys():
-            slot = description.view.slots.get(key)
-            if slot is None or slot.tensor.device.type == "meta" or not slot.tensor.is_floating_point():
-                continue
-            total, ramped = _sums(slot.tensor.reshape(-1))
-            rows.append(f"{canonical(key)}={slot.tensor.dtype},{slot.tensor.numel()},{total},{ramped}")
+        sums = read_numbers([_sums(value.reshape(-1)) for value in held.values()])
+    rows = [
+        f"{canonical(key)}={value.dtype},{value.numel()},{total},{ramped}"
+        for (key, value), (total, ramped) in zip(held.items(), sums, strict=True)
+    ]
     return hashlib.blake2b("\n".join(sorted(rows)).encode(), digest_size=16).hexdigest()
 
 
-def _sums(values: Tensor) -> tuple[int, int]:
-    """Sums, modulo 2**64, of elements read as integers, and of these times their place, so that their order counts."""
+def _sums(values: Tensor) -> Tensor:
+    """Sums, modulo 2**64, of elements read as integers, and of these times their place, so that their order counts:
+    two int64."""
     bits = bits_of(values)
     place = torch.arange(1, 1 + min(_BLOCK, len(bits)), device=bits.device)
     sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
@@ -187,8 +190,7 @@ def _sums(values: Tensor) -> tuple[int, int]:
         block = block.long()
         total = block.sum()
         sums += torch.stack([total, (block * place[: len(block)]).sum() + number * _BLOCK * total])
-    total, ramped = sums.tolist()
-    return total, ramped
+    return sums
 
 
 def check_statistic(statistic: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 
 import torch
 
 from qat_compat.draft import Draft, Goal
 from qat_compat.errors import ProblemKind
-from qat_compat.frameworks import Needs, Quantizer, same_flow
+from qat_compat.frameworks import Needs, Quantizer, observing_in_training, same_flow
 from qat_compat.names import is_named
 from qat_compat.norms import Match
 from qat_compat.origins import Origin, find_origins, key_of, spec_of
@@ -31,6 +32,8 @@ def quantizer_entries(draft: Draft, quantizers: Sequence[Quantizer], match: Matc
         and _granularity_differs(draft, quantizer, origin)
         for quantizer, origin in origins
     )
+    if draft.goal.data == "defer":
+        draft.observing = observing_in_training(one for one in quantizers if one.needs is Needs.DATA)
     mine = draft.target.by_quantizer()
     for quantizer, origin in origins:
         keys = mine.get(quantizer.name, [])
@@ -85,22 +88,47 @@ def _carry(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Orig
         _drop(draft, origin, dropped)
         _synthesize(draft, quantizer, keys, reason)
         return
-    theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
+    match _way(draft, quantizer, keys, origin, foreign):
+        case _Way.TERMS:
+            form = quantizer.form()
+            assert form is not None
+            if why := write_down(draft, quantizer, form, keys, origin):
+                _drop(draft, origin, f"{why}: cannot be carried")
+                _synthesize(draft, quantizer, keys, why)
+            else:
+                _drop_rest(draft, origin)
+        case _Way.RANGE_OR_SCALE:
+            _translate(draft, quantizer, keys, origin)
+        case _Way.RANGE:
+            _carry_leaves(draft, keys, origin, derive=True)
+        case _Way.LEAVES:
+            _carry_leaves(draft, keys, origin, derive=False)
+
+
+class _Way(Enum):
+    """How the state of one quantizer becomes that of another."""
+
+    TERMS = "what it means, written down in this quantizer's own terms"
+    RANGE_OR_SCALE = "its range, or its scale where both have the same integers"
+    RANGE = "leaf by leaf, but scale and zero point anew from the range, on this quantizer's grid"
+    LEAVES = "leaf by leaf"
+
+
+def _way(draft: Draft, quantizer: Quantizer, keys: Sequence[str], origin: Origin, foreign: bool) -> _Way:
     same = same_flow(draft.source, draft.target)
-    absent = any(leaf not in origin.leaves for leaf in _observed_leaves(draft, keys))
-    other_grid = theirs != mine if theirs and mine else (foreign or not same) and quantizer.needs is Needs.DATA
+    if not same and quantizer.form() is not None:
+        return _Way.TERMS
+    theirs, mine = draft.source.grids.get(origin.name, ""), quantizer.grid()
+    same_grid = theirs == mine if theirs and mine else None  # None: not known
     keeps_range = any(draft.target[key].role is Role.MIN for key in keys)
-    only_scale = not keeps_range and (theirs != mine if theirs and mine else not same)
-    if not same and (form := quantizer.form()) is not None:
-        if why := write_down(draft, quantizer, form, keys, origin):
-            _drop(draft, origin, f"{why}: cannot be carried")
-            _synthesize(draft, quantizer, keys, why)
-        else:
-            _drop_rest(draft, origin)
-    elif only_scale or (absent and (not same or _has_range(draft, origin))):
-        _translate(draft, quantizer, keys, origin)
-    else:
-        _carry_leaves(draft, keys, origin, derive=other_grid)
+    if not keeps_range and not (same if same_grid is None else same_grid):
+        return _Way.RANGE_OR_SCALE
+    absent = any(leaf not in origin.leaves for leaf in _observed_leaves(draft, keys))
+    if absent and (not same or _has_range(draft, origin)):
+        return _Way.RANGE_OR_SCALE
+    if same_grid is None:  # the range of a weight goes with its own grid; of activations, a file of one flow has one
+        same_grid = quantizer.needs is not Needs.DATA or (same and not foreign)
+    return _Way.LEAVES if same_grid else _Way.RANGE
 
 
 def _has_range(draft: Draft, origin: Origin) -> bool:
@@ -228,7 +256,7 @@ def _synthesize(draft: Draft, quantizer: Quantizer, keys: Sequence[str], reason:
         how = How.CALIBRATION
     elif quantizer.needs is Needs.NOTHING:
         why = "dynamic: computed for every batch"
-    elif goal.data == "defer" and quantizer.observes_in_training():
+    elif goal.data == "defer" and quantizer.name in draft.observing:
         why = "deferred to the first training batches (calibration='defer')"
     elif goal.data == "defer":
         why = "deferred (calibration='defer'), and training does not set it"

@@ -40,6 +40,7 @@ class Draft:
     warnings: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # source keys that a step reads
     quantizer_globs: set[str] = field(default_factory=set)  # of keep=, those that name no float entry
+    observing: frozenset[str] = frozenset()  # quantizers that training gives a range, where that is asked for
     idle: list[str] = field(default_factory=list)  # quantizers that are deferred to a training that does not set them
     kept_modules: set[str] = field(default_factory=set)  # modules that keep their own values, by float and by own path
 

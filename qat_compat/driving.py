@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qat_compat.errors import CalibrationError, QParamError
 from qat_compat.frameworks import Description, Needs, Quantizer, compute_all_qparams
 from qat_compat.isolation import quiet
-from qat_compat.memory import read_flags
+from qat_compat.memory import read_numbers
 from qat_compat.qparams import RangeHistogram, choose_range
 from qat_compat.text import collapse, counted, shorten
 
@@ -327,7 +327,7 @@ def _call_user(data: Callable[[nn.Module], Any], call: Callable[..., Any]) -> No
 def _check_finite(chosen: Sequence[Quantizer], seen: set[str], number: int | None) -> None:
     """One look at all ranges together, so that a device is synchronised once per batch."""
     found = [(q, value) for q in chosen if q.name in seen for value in q.ranges()]
-    flags = read_flags([torch.isfinite(value).all() for _, value in found])
+    flags = read_numbers([torch.isfinite(value).all() for _, value in found])
     if not all(flags):
         raise _not_finite([q.name for (q, _), fine in zip(found, flags, strict=True) if not fine], number)
 
@@ -385,7 +385,7 @@ def observe_weights(quantizers: Sequence[Quantizer], known: Mapping[str, tuple[T
 def _check_weights(quantizers: Sequence[Quantizer]) -> None:
     """Some observers stop at NaN with an error that names nothing."""
     found = [(quantizer, value) for quantizer in quantizers for value in quantizer.ranges()]
-    fine = read_flags([torch.isfinite(value).all() for _, value in found])
+    fine = read_numbers([torch.isfinite(value).all() for _, value in found])
     if not all(fine):
         odd = {q.name: q.site for (q, _), flag in zip(found, fine, strict=True) if not flag}
         raise QParamError(

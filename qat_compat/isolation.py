@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from qat_compat.devices import forked_rng
+
 __all__ = ["paused_collector", "preserved_random_state", "quiet"]
 
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Random state of torch (the CPU and CUDA), numpy and Python as before, whatever happens inside; grad mode, too.
+    """Random state of torch (on every device), numpy and Python as before, whatever happens inside; grad mode, too.
 
     Example:
         >>> import torch
@@ -28,11 +30,9 @@ def preserved_random_state() -> Iterator[None]:
         >>> torch.equal(before, torch.get_rng_state())
         True
     """
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if in_use else []
     python, numpy = random.getstate(), np.random.get_state()
     grad = torch.is_grad_enabled()
-    with torch.random.fork_rng(devices=devices):
+    with forked_rng():
         try:
             yield
         finally:

@@ -91,6 +91,12 @@ def doubts(source: Schema, taken: Iterable[str]) -> Iterator[Problem]:
             yield Problem(ProblemKind.AMBIGUOUS, key, detail, remedy)
 
 
+def _idle_drop(schema: Schema, glob: str) -> Problem:
+    meant = next((key for key in schema if is_named([f"*.{glob}"], key)), None)  # without a wrapper's prefix, say
+    remedy = "check its spelling" if meant is None else f"the source's own name is longer: {meant}"
+    return Problem(ProblemKind.MISSING, glob, "drop= names nothing in the source", remedy)
+
+
 def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
     """The schema less the keys that match and what is computed from them, and those keys; a glob that names nothing is
     an error."""
@@ -99,12 +105,7 @@ def without(schema: Schema, globs: Sequence[str]) -> tuple[Schema, list[str]]:
     ignored = [key for key in schema if is_named(globs, key)]
     idle = [glob for glob in globs if not any(is_named([glob], key) for key in ignored)]
     if idle:
-        raise PlanError(
-            [
-                Problem(ProblemKind.MISSING, glob, "drop= names nothing in the source", "check its spelling")
-                for glob in idle
-            ]
-        )
+        raise PlanError([_idle_drop(schema, glob) for glob in idle])
     gone = set(ignored)
     gone |= {key for key, recipe in schema.recipes.items() if not gone.isdisjoint(recipe.sources)}
     entries = {key: entry for key, entry in schema.items() if key not in gone}

@@ -13,13 +13,15 @@ import mmap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat_compat.threads import THREADS, in_threads
 
-__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors", "populate", "read_flags"]
+__all__ = ["bytes_of", "copy_all", "empty_like_spec", "fresh_tensors", "populate", "read_numbers"]
 
 _LARGE = 4 << 20  # bytes from which huge pages and threads pay
 _MAPPING = 256 << 20  # tensors share mappings up to this size, so that what is freed early is given back early
@@ -103,21 +105,21 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def read_flags(flags: Sequence[Tensor]) -> list[bool]:
-    """The values of 0-dimensional flags, with one wait for each device that they lie on.
+def read_numbers(values: Sequence[Tensor]) -> list[Any]:
+    """`tolist()` of tensors of one shape and dtype, with one wait for each device that they lie on.
 
     Example:
         >>> import torch
-        >>> read_flags([torch.tensor(True), torch.ones(2).isnan().any()])
+        >>> read_numbers([torch.tensor(True), torch.ones(2).isnan().any()])
         [True, False]
     """
     by_device: dict[torch.device, list[int]] = {}
-    for number, flag in enumerate(flags):
-        by_device.setdefault(flag.device, []).append(number)
-    found: dict[int, bool] = {}
+    for number, value in enumerate(values):
+        by_device.setdefault(value.device, []).append(number)
+    found: dict[int, Any] = {}
     for numbers in by_device.values():
-        found.update(zip(numbers, torch.stack([flags[number] for number in numbers]).tolist(), strict=True))
-    return [found[number] for number in range(len(flags))]
+        found.update(zip(numbers, torch.stack([values[number] for number in numbers]).tolist(), strict=True))
+    return [found[number] for number in range(len(values))]
 
 
 def populate(tensors: Iterable[Tensor]) -> None:
@@ -139,7 +141,9 @@ def populate(tensors: Iterable[Tensor]) -> None:
 
 
 def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor into its first, converting dtype and device; large ones with several threads.
+    """Copy each second tensor into its first, converting dtype and device.
+
+    Large ones are copied with several threads; small ones cross to another device together.
 
     Example:
         >>> import torch
@@ -149,13 +153,32 @@ def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         tensor([1., 1.])
     """
     large: list[tuple[Tensor, Tensor]] = []
+    across: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for target, value in pairs:
-        if target.nbytes < _LARGE or target.device.type != "cpu" or value.device.type != "cpu":
-            target.copy_(value)
-        else:
+        is_large = value.nbytes >= _LARGE
+        if value.is_cpu and target.is_cpu and is_large:
             large.append((target, value))
+        elif value.is_cpu and not target.is_cpu and not is_large:
+            across.setdefault(target.device, []).append((target, value))
+        else:
+            target.copy_(value)
     # the order of the file: neighbours are read ahead together
     in_threads((partial(_copy, target, value) for target, value in large), threads=min(len(large), THREADS))
+    for device, small in across.items():
+        _copy_across(small, device)
+
+
+def _copy_across(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
+    """Small tensors to a device in one transfer: each one of its own would be waited for."""
+    values = [value.detach().contiguous() for _, value in pairs]
+    starts = [0, *accumulate(-(-value.nbytes // _ALIGNMENT) * _ALIGNMENT for value in values)]
+    packed = torch.empty(starts[-1], dtype=torch.uint8, device="cpu")
+    memory = bytes_of(packed)
+    for start, value in zip(starts, values, strict=False):
+        memory[start : start + value.nbytes] = bytes_of(value)
+    there = packed.to(device)
+    for start, (target, _), value in zip(starts, pairs, values, strict=False):
+        target.copy_(there[start : start + value.nbytes].view(value.dtype).view(value.shape))
 
 
 def _copy(target: Tensor, value: Tensor) -> None:

@@ -66,16 +66,18 @@ def value_range(value: Tensor, axis: int | None = None, group: int | None = None
     return found.result()
 
 
-def magnitude(value: Tensor) -> float:
-    """The largest absolute value, without a copy of the tensor; 0 if it holds nothing.
+def magnitude(value: Tensor) -> Tensor:
+    """The largest absolute value, without a copy of the tensor, as a 0-dimensional float64; 0 if it holds nothing.
 
     Example:
         >>> import torch
         >>> magnitude(torch.tensor([1.0, -2.0]))
-        2.0
+        tensor(2., dtype=torch.float64)
     """
-    low, high = value_range(value) if value.numel() else (0.0, 0.0)
-    return max(-float(low), float(high))
+    if not value.numel():
+        return torch.zeros((), dtype=torch.float64, device=value.device)
+    low, high = value_range(value)
+    return torch.maximum(-low.double(), high.double())
 
 
 class RangeOver:

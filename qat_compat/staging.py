@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_compat.casting import cast_loss, is_widening, same_values
+from qat_compat.devices import has_streams
 from qat_compat.errors import CheckpointError, CompatError, PlanError, Problem, ProblemKind
 from qat_compat.frameworks import Description, Quantizer, Reduction
 from qat_compat.memory import copy_all, empty_like_spec, fresh_tensors, populate
@@ -18,7 +19,7 @@ from qat_compat.plan import Copy, Derive, Drop, How, Keep, Plan, Synthesize
 from qat_compat.ranges import RangeOver
 from qat_compat.schema import Role, Spec
 from qat_compat.source import Source, forms_of
-from qat_compat.state import Slot
+from qat_compat.state import Slot, split_path
 from qat_compat.storage import Extent, Read, read_all
 from qat_compat.storage.mapped import MappedFile
 from qat_compat.terms import written
@@ -28,7 +29,6 @@ __all__ = ["Reading", "Staged", "stage"]
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _CPU = torch.device("cpu")
-_STREAMED = ("cpu", "cuda")  # devices that a file is read onto; others get copies of the mapping
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,7 @@ def stage(plan: Plan, reading: Reading) -> Staged:
             stager.write_down(step)
             reading.advance()
         elif isinstance(step, Synthesize) and step.how is How.RECORD:
-            value = reading.saved[step.key]
-            slot = slots.get(step.key)
-            if slot is None:
-                staged.hidden[step.key] = value.clone()
-            else:
-                staged.tensors[slot.key] = value.to(slot.tensor.device, slot.tensor.dtype, copy=True)
+            stager.recall(step.key)
     if stager.problems:
         raise PlanError(stager.problems, file=plan.source)
     stager.read()
@@ -180,7 +175,7 @@ class _Stager:
             return
         slot = self.slots.get(key)
         if slot is None:
-            self.staged.hidden[key] = self._read(source).clone()
+            self._hide(key, self._read(source))
         elif slot.key in self.origin:
             self._compare(key, slot, source)
         else:
@@ -204,9 +199,27 @@ class _Stager:
         value = written(self.source.schema, form, {term: self._read(term) for term in step.terms})[name]
         slot = self.slots.get(step.key)
         if slot is None:
-            self.staged.hidden[step.key] = value
+            self._hide(step.key, value)
         else:
             self._take_state(step.key, slot, value)
+
+    def recall(self, key: str) -> None:
+        """Take what a saved calibration holds."""
+        value, slot = self.reading.saved[key], self.slots.get(key)
+        if slot is None:
+            self._hide(key, value)
+            return
+        fresh = self.staged.tensors[slot.key] = torch.empty(
+            value.shape, dtype=slot.tensor.dtype, device=self._device(slot)
+        )
+        self.copies.append((fresh, value))
+
+    def _hide(self, key: str, value: Tensor) -> None:
+        """Take a value that the model's state_dict does not hold, to where its quantizer is."""
+        device = self.reading.description.view.device(split_path(key)[0])
+        device = (self.reading.device or _CPU) if device.type == "meta" else device
+        fresh = self.staged.hidden[key] = torch.empty_like(value, device=device)
+        self.copies.append((fresh, value))
 
     def _take_state(self, key: str, slot: Slot, value: Tensor) -> None:
         """Take a quantizer's state, which may have another framework's shape, (C, 1, 1, 1) of (C,)."""
@@ -267,12 +280,12 @@ class _Stager:
     def _stream(self, slot: Slot, source: str) -> bool:
         """Whether the bytes of the file can be read straight into memory that the model then has."""
         target = slot.tensor
-        if not _is_dense(target):
-            return False
-        if not (target.is_cpu or self._device(slot).type in _STREAMED):
+        if not (_is_dense(target) and has_streams(self._device(slot))):  # others get copies of the mapping
             return False
         spec = self.source.spec(source)
-        if spec.shape != target.shape or not (spec.dtype == target.dtype or is_widening(spec.dtype, target.dtype)):
+        if slot.is_parameter and spec.shape != target.shape:  # a buffer may have one element until it has seen data
+            return False
+        if not (spec.dtype == target.dtype or is_widening(spec.dtype, target.dtype)):
             return False
         extent = self.source.extent(source)
         if extent is None:

@@ -13,17 +13,30 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "matrix")]
 
+import late  # noqa: E402
 import torch  # noqa: E402  (the hub must be offline before anything imports it)
 
+from qat_compat.devices import accelerator  # noqa: E402
+
 torch.set_num_threads(1)
+if late.is_wanted():
+    late.register()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a CUDA device is skipped, and counted as skipped, where there is none."""
-    if not torch.cuda.is_available():
+    """What needs an accelerator is skipped, and counted as skipped, where there is none."""
+    if accelerator() is None:
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="no accelerator"))
+
+
+@pytest.fixture(name="accelerator")
+def _accelerator() -> str:
+    """The type of the accelerator that tests marked `gpu` run on."""
+    found = accelerator()
+    assert found is not None
+    return found
 
 
 @pytest.fixture(autouse=True)

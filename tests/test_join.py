@@ -66,6 +66,8 @@ def test_globs_that_name_nothing_are_problems() -> None:
     ]
     with pytest.raises(qc.PlanError, match=r"heda\.\*: drop= names nothing in the source; check its spelling"):
         without(schema(a__w=(2,)), ["heda.*"])
+    with pytest.raises(qc.PlanError, match=r"aux\.\*: drop= .*; the source's own name is longer: module\.aux\.w$"):
+        without(schema(module__a__w=(2,), module__aux__w=(2,)), ["aux.*"])
 
 
 def test_a_name_that_means_something_else_as_a_glob_is_that_name() -> None:

@@ -6,12 +6,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from qat_compat.errors import CompatError
 from qat_compat.frameworks.aimet import AIMET
-from qat_compat.frameworks.base import Beside, Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
+from qat_compat.frameworks.base import (
+    Beside,
+    Framework,
+    KeyView,
+    ModelView,
+    Needs,
+    Quantizer,
+    Reduction,
+    drifts,
+    plain_entry,
+)
 from qat_compat.frameworks.bitsandbytes import BitsAndBytes
 from qat_compat.frameworks.brevitas import Brevitas
 from qat_compat.frameworks.compressed_tensors import CompressedTensors
@@ -28,6 +38,7 @@ from qat_compat.frameworks.pytorch_quantization import PytorchQuantization
 from qat_compat.frameworks.sparseml import QuantWrapped, SparseML
 from qat_compat.frameworks.torch_ao import FusedAlone, TorchAO
 from qat_compat.frameworks.torchao import TorchAOQAT
+from qat_compat.memory import read_numbers
 from qat_compat.schema import Entry, Fused, Role, Schema, Spec
 from qat_compat.state import collect_slots, has_extra_state, join_path, modules_of, split_path
 
@@ -43,7 +54,9 @@ __all__ = [
     "describe_keys",
     "describe_model",
     "doubtful",
+    "drifts",
     "is_consulted",
+    "observing_in_training",
     "same_flow",
     "with_sites",
 ]
@@ -111,6 +124,14 @@ def doubtful(quantizers: Iterable[Quantizer]) -> list[Quantizer]:
     return [quantizer for quantizer in chosen if quantizer in found]
 
 
+def observing_in_training(quantizers: Iterable[Quantizer]) -> frozenset[str]:
+    """Names of those that the forwards of a training give a range; one look at all switches."""
+    said = {quantizer.name: quantizer.observes_in_training() for quantizer in quantizers}
+    switches = {name: one.reshape(()) > 0 for name, one in said.items() if isinstance(one, Tensor)}
+    read = dict(zip(switches, read_numbers(list(switches.values())), strict=True))
+    return frozenset(name for name, one in said.items() if read.get(name, one))
+
+
 def _by_class(quantizers: Iterable[Quantizer]) -> dict[type[Quantizer], list[Quantizer]]:
     found: dict[type[Quantizer], list[Quantizer]] = {}
     for quantizer in quantizers:
@@ -154,7 +175,7 @@ def describe_model(model: nn.Module) -> Description:
     """The meaning of every key of a live model, with its quantizers.
 
     Example:
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> description = describe_model(nn.Linear(2, 3))
         >>> list(description.schema), description.schema.framework
         (['weight', 'bias'], 'plain')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,10 +13,12 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from qat_compat.conventions import Encoding, Form
 from qat_compat.errors import Problem
+from qat_compat.memory import read_numbers
 from qat_compat.schema import Entry, Fused, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import Slot, split_path
 
@@ -142,10 +145,17 @@ class Quantizer(ABC):
     def check(self) -> Iterable[Problem]:
         """Say what no quantizer can use: scales, zero points, channel counts."""
 
+    def soundness(self) -> Tensor | None:
+        """A 0-dimensional flag: whether :meth:`check` and :meth:`findings` have nothing to say. None where only they
+        can tell."""
+        return None
+
     @classmethod
     def doubtful(cls, quantizers: Sequence[Self]) -> list[Self]:
         """Those of which :meth:`check` or :meth:`findings` may have something to say, by one look at all of them."""
-        return list(quantizers)
+        flags = {quantizer: flag for quantizer in quantizers if (flag := quantizer.soundness()) is not None}
+        sound = dict(zip(flags, read_numbers(list(flags.values())), strict=True))
+        return [quantizer for quantizer in quantizers if not sound.get(quantizer, False)]
 
     def hides_infinity(self) -> bool:
         """Whether NaN and inf leave no trace in :meth:`ranges`, so that the input itself must be looked at."""
@@ -159,12 +169,14 @@ class Quantizer(ABC):
         """What is sound and should still be known: a constant input, say."""
         return ()
 
-    def drift(self) -> float | None:
-        """How many times larger the tensor that a weight quantizer sees is than the range it holds; None if unknown."""
+    def magnitudes(self) -> tuple[Tensor, Tensor] | None:
+        """The largest magnitude in the tensor that a weight quantizer sees, and in the range that it holds: two
+        0-dimensional float64, the second one infinite where it has seen nothing."""
         return None
 
-    def observes_in_training(self) -> bool:
-        """Whether the forwards of a training give it a range, if it has none of the data yet."""
+    def observes_in_training(self) -> bool | Tensor:
+        """Whether the forwards of a training give it a range, if it has none of the data yet; or the switch, of one
+        element, that says so."""
         return True
 
     def has_moving_average(self) -> bool:
@@ -235,6 +247,15 @@ class Quantizer(ABC):
         raise NotImplementedError(f"{type(self.module).__name__} takes no range from outside")
 
 
+def drifts(quantizers: Iterable[Quantizer]) -> dict[Quantizer, float]:
+    """How many times larger the tensor that a weight quantizer sees is than the range it holds; those are left out of
+    which that is not known. One look at all of them."""
+    found = {quantizer: pair for quantizer in quantizers if (pair := quantizer.magnitudes()) is not None}
+    numbers = read_numbers([torch.stack([now, seen.to(now.device)]) for now, seen in found.values()])
+    known = {quantizer: pair for quantizer, pair in zip(found, numbers, strict=True) if pair[0] != 0}
+    return {q: now / seen if seen else math.inf for q, (now, seen) in known.items() if seen != math.inf}
+
+
 @dataclass(frozen=True)
 class ModelView:
     """What a framework may look at to describe a model."""
@@ -248,6 +269,21 @@ class ModelView:
     def kinds(self) -> list[nn.Module]:
         """One module of each class: enough to tell whose model it is."""
         return list({type(module): module for module in self.modules.values()}.values())
+
+    @cached_property
+    def _devices(self) -> dict[str, torch.device]:
+        found: dict[str, torch.device] = {}
+        for key, slot in self.slots.items():
+            path = key
+            while path and (path := split_path(path)[0]) not in found:
+                found[path] = slot.tensor.device
+        return found
+
+    def device(self, path: str) -> torch.device:
+        """Where the tensors of a module are, or, if it has none, those of the closest module around it that has."""
+        while path and path not in self._devices:
+            path = split_path(path)[0]
+        return self._devices.get(path, torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qat_compat.conventions import Form, Grid
 from qat_compat.derived import weight_of
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer
+from qat_compat.ranges import magnitude
 from qat_compat.schema import Role
 from qat_compat.state import join_path, split_path
 
@@ -246,15 +247,14 @@ class Proxy(Quantizer):
             return "it works its range out anew for every tensor"
         return "its scales are powers of two" if self._scaling() == "brevitas.log2" else super().refuses_transfer()
 
-    def drift(self) -> float | None:
+    def magnitudes(self) -> tuple[Tensor, Tensor] | None:
         leaf = next((leaf for leaf in self.leaves if role_of(leaf) is Role.AMAX), None)
         if not self._is_weight or leaf is None or not self.has_value(leaf) or self._has_norm():
             return None
         with torch.no_grad():
             value = self._tensor(leaf)
-            seen = float((value.exp2() if self._is_log() else value.abs()).max())
-            now = float(weight_of(self._host).abs().max())
-        return now / seen if seen > 0 and now > 0 else None
+            seen = (value.exp2() if self._is_log() else value.abs()).max()
+            return magnitude(weight_of(self._host)), seen.double()
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
         return {join_path(self._host_path, "weight"): self._quantized} if self._is_weight else {}

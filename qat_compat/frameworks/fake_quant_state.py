@@ -231,18 +231,17 @@ class FakeQuantState(Quantizer):
                 f" ({float(scale.flatten()[0]):.6g}): the source had another quantization grid, or never updated it"
             )
 
-    def observes_in_training(self) -> bool:
-        return not hasattr(self.module, "observer_enabled") or is_on(self.module.observer_enabled)
+    def observes_in_training(self) -> bool | Tensor:
+        switch = getattr(self.module, "observer_enabled", True)
+        return switch if isinstance(switch, Tensor) and not switch.is_meta else switch is True
 
     def has_moving_average(self) -> bool:
         moving = hasattr(self.module, "observer_enabled") and hasattr(self.observer, "averaging_constant")
-        return moving and self.observes_in_training()
+        return moving and bool(self.observes_in_training())
 
-    def drift(self) -> float | None:
+    def magnitudes(self) -> tuple[Tensor, Tensor] | None:
         ranges = self.ranges()
-        if self.source is None or len(ranges) != 2 or self._untouched():
+        if self.source is None or len(ranges) != 2:
             return None
-        seen = float(torch.stack([value.abs().max() for value in ranges]).max())
         with torch.no_grad():
-            now = magnitude(self.source())
-        return None if now == 0 else now / seen if seen > 0 else math.inf
+            return magnitude(self.source()), torch.stack([value.abs().max() for value in ranges]).max().double()

@@ -249,6 +249,12 @@ class AmaxQuantizer(Quantizer):
             detail = f"expected the shape {list(expected)}, found {list(amax.shape)}"
             yield Problem(ProblemKind.INVALID, key, detail, remedy)
 
+    def soundness(self) -> Tensor | None:
+        amax = self.module._buffers.get("_amax")
+        if amax is None or self._shape() not in (None, tuple(amax.shape)):
+            return None
+        return (torch.isfinite(amax) & (amax >= 0)).all()
+
     def form(self) -> Form | None:
         module: Any = self.module
         bits, dynamic = self.settings.bits, (self.settings.block_sizes or {}).get("type") == "dynamic"
@@ -272,14 +278,12 @@ class AmaxQuantizer(Quantizer):
             return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8))
         return super().encoding()
 
-    def drift(self) -> float | None:
+    def magnitudes(self) -> tuple[Tensor, Tensor] | None:
         amax = self.module._buffers.get("_amax")
         if self.source is None or amax is None:
             return None
-        seen = float(amax.max())
         with torch.no_grad():
-            now = magnitude(self.source())
-        return now / seen if seen > 0 and now > 0 else None
+            return magnitude(self.source()), amax.max().double()
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
         return {self.parameter: self._quantized} if self.source is not None else {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat_compat.conventions import Form, Grid
 from qat_compat.derived import weight_of
 from qat_compat.errors import Problem, ProblemKind, QParamError
-from qat_compat.frameworks.base import Needs, Quantizer, Reduction
+from qat_compat.frameworks.base import Needs, Quantizer, Reduction, drifts
 from qat_compat.ranges import magnitude
 from qat_compat.state import join_path
 
@@ -124,7 +124,7 @@ class HookQuantizer(Quantizer):
             return "it is shared by several operations, whose ranges NNCF unifies by rules that are no state"
         if self.source is None:
             return ""
-        ratio = self.drift()
+        ratio = drifts([self]).get(self)
         if ratio is None or not self._symmetric:
             return ""
         reach = 1 / ratio
@@ -162,18 +162,16 @@ class HookQuantizer(Quantizer):
         return Form("nncf.asymmetric", grid, {"input_low": "input_low", "input_range": "input_range"})
 
     def refuses_transfer(self) -> str:
-        ratio = self.drift()
+        ratio = drifts([self]).get(self)
         half = ratio is not None and self._symmetric and ratio < 1 / _FULL_RANGE
         return "it leaves half of its levels unused, against overflow" if half else ""
 
-    def drift(self) -> float | None:
+    def magnitudes(self) -> tuple[Tensor, Tensor] | None:
         scale = self.module._parameters.get("_scale_param_storage")
         if self.source is None or scale is None:
             return None
-        seen = float(scale.detach().abs().max())
         with torch.no_grad():
-            now = magnitude(self.source())
-        return now / seen if seen > 0 and now > 0 else None
+            return magnitude(self.source()), scale.detach().abs().max().double()
 
     def quantized_parameters(self) -> Mapping[str, Callable[[], Tensor]]:
         return {self._parameter: self._quantized} if self.source is not None else {}

@@ -14,7 +14,7 @@ What is known here, and what it rests on (torchao 0.18):
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,6 @@ from qat_compat.derived import weight_like, weight_of
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Framework, KeyView, ModelView, Needs, Quantizer, Reduction, plain_entry
 from qat_compat.frameworks.torchao_grids import as_json, rebuilt, rounding
-from qat_compat.memory import read_flags
 from qat_compat.ranges import RangeOver, value_range
 from qat_compat.schema import UNROUNDED, Entry, Role, Rounding, Schema, Spec, Stage
 from qat_compat.state import join_path, modules_like, split_path
@@ -158,11 +157,9 @@ class IntxQuantizer(Quantizer):
             detail = f"{bad} of {scale.numel()} scales are not finite and positive"
             yield Problem(ProblemKind.INVALID, f"{self.name}.scale", detail, "calibrate this quantizer anew")
 
-    @classmethod
-    def doubtful(cls, quantizers: Sequence[IntxQuantizer]) -> list[IntxQuantizer]:
-        held = [(q, scale) for q in quantizers if isinstance(scale := getattr(q.module, "scale", None), Tensor)]
-        fine = read_flags([(torch.isfinite(scale) & (scale > 0)).all() for _, scale in held])
-        return [quantizer for (quantizer, _), flag in zip(held, fine, strict=True) if not flag]
+    def soundness(self) -> Tensor | None:
+        scale = getattr(self.module, "scale", None)
+        return (torch.isfinite(scale) & (scale > 0)).all() if isinstance(scale, Tensor) else None
 
     def findings(self) -> Iterable[str]:
         scale = getattr(self.module, "scale", None)
@@ -226,7 +223,6 @@ class IntxQuantizer(Quantizer):
     def restore(self, leaf: str, value: Tensor) -> None:
         module: Any = self.module
         module._initialized = True
-        value = value.to(weight_like(self._host).device)
         if self._is_weight:  # one number per row or group, in whatever shape another framework has them
             precision = getattr(module.config, f"{leaf}_precision")
             value = value.reshape(len(weight_like(self._host)), -1).to(precision)

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qat_compat.devices import forked_rng
 from qat_compat.matrix.containers import CONTAINERS
 from qat_compat.matrix.flows import Flow, NotApplicable
 from qat_compat.testing import QATModel, assert_same_state, scramble
@@ -22,7 +23,6 @@ from qat_compat.testing.comparison import output_tensors
 
 __all__ = ["AXES", "DTYPES", "Case", "Cell", "Refused"]
 
-AXES = ("model", "flow", "direction", "container", "granularity", "dtype", "device")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 P = ParamSpec("P")
@@ -55,6 +55,9 @@ class Cell:
     def id(self) -> str:
         """Its name in a test id, where the model stands in front of it."""
         return "/".join((self.flow, self.direction, self.container, self.granularity, self.dtype, self.device))
+
+
+AXES = tuple(axis.name for axis in fields(Cell))
 
 
 @contextmanager
@@ -161,7 +164,7 @@ class Case:
         """The same model after a training step."""
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.is_floating_point()], lr=1e-4)
         args, kwargs = self.declared.arguments(model, self.batches[0])
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(0)
             outputs = [o for o in output_tensors(model(*args, **kwargs)) if o.requires_grad]
             torch.stack([output.float().square().mean() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]

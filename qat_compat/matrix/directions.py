@@ -48,6 +48,7 @@ def check_load(case: Case) -> None:
     modes = training_modes(model)
     qc.load_checkpoint(model, source, calibration=case.batches, **case.witness)
     assert_same_state(model, twin)
+    _assert_on_device(case, model)
     now = training_modes(model)
     fail_with([f"{name}: training mode was {mode}" for name, mode in modes.items() if now[name] != mode])
     assert_same_output(model, twin, case.batches[:1], inputs=case.inputs)
@@ -59,6 +60,7 @@ def check_resume(case: Case) -> None:
     source = saved if case.flow.hidden else case.written(saved.state_dict())
     report = qc.load_checkpoint(model, source, **case.witness)
     assert_same_state(model, saved)
+    _assert_on_device(case, model)
     counts = {"derived": report.derived, "synthesized": report.synthesized}
     fail_with([f"{count} entries were {word}" for word, count in counts.items() if count])
     assert_same_output(model, saved, case.batches[:1], inputs=case.inputs)
@@ -94,7 +96,15 @@ def check_transfer(case: Case) -> None:
     theirs = _activation_paths(twin)
     found, wanted = full_state(model), {**full_state(twin), **_carried_scales(donor, twin)}
     assert_same_state(*({k: v for k, v in state.items() if not k.startswith(theirs)} for state in (found, wanted)))
+    _assert_on_device(case, model)
     _assert_close(_outputs(case, model), _outputs(case, twin), 0.1)
+
+
+def _assert_on_device(case: Case, model: nn.Module) -> None:
+    """Nothing was left on the CPU by a load onto another device."""
+    held = {key: value for key, value in full_state(model).items() if isinstance(value, Tensor)}
+    wrong = {key: value.device.type for key, value in held.items() if value.device.type != case.cell.device}
+    fail_with([f"{key}: is on {place}, should be on {case.cell.device}" for key, place in wrong.items()])
 
 
 DIRECTIONS: Mapping[str, Direction] = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qat_compat.matrix.cases import AXES
 from qat_compat.matrix.overview import by_value, overview
 from qat_compat.matrix.report import OUTCOMES
 
 __all__ = ["as_markdown"]
 
-_AXES = ("direction", "container", "granularity", "dtype", "device")
+_AXES = AXES[2:]  # the first two have a table of their own
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qat_compat.matrix.cases import AXES
 from qat_compat.matrix.report import OUTCOMES, brief
 
 __all__ = ["Field", "Note", "Overview", "by_value", "overview"]
@@ -67,7 +68,7 @@ def overview(found: Mapping[str, Any]) -> Overview:
             continue
         text = brief(row["reason"])
         note = notes.setdefault((row["outcome"], text), Note(len(notes) + 1, row["outcome"], text))
-        names = (row[axis] for axis in ("model", "flow", "direction", "container", "granularity", "dtype", "device"))
+        names = (row[axis] for axis in AXES)
         note.cells.append("/".join(names))
         if note.number not in entry.notes:
             entry.notes.append(note.number)

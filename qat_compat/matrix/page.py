@@ -8,13 +8,14 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from qat_compat.matrix.cases import AXES
 from qat_compat.matrix.overview import Field, Note, Overview, by_value, overview
 from qat_compat.matrix.page_style import STYLE
 from qat_compat.matrix.report import OUTCOMES
 
 __all__ = ["as_page"]
 
-_AXES = ("direction", "container", "granularity", "dtype", "device")
+_AXES = AXES[2:]  # the first two have a table of their own
 _SHOWN = 3
 
 

@@ -39,7 +39,7 @@ table { border-collapse: separate; border-spacing: 0; }
 .grid thead th:first-child { width: 9.5rem; }
 .grid th { font-weight: 400; }
 .grid thead th { background: var(--tint); color: var(--soft); padding: .35rem .2rem; text-align: center; }
-.grid thead tr:first-child th { color: var(--ink); font-weight: 600; padding-top: .55rem; }
+.grid thead tr:first-child th { color: var(--ink); font-weight: 600; font-size: .74rem; padding: .55rem .1rem .35rem; }
 .grid .first { border-left: 1px solid var(--line); }
 .grid tbody th { text-align: left; padding: .15rem .5rem .15rem .9rem; white-space: nowrap; font-size: .85rem;
   position: sticky; left: 0; background: var(--card); }

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
 
-import torch
 from torch import nn
 
+from qat_compat.devices import accelerator
 from qat_compat.matrix.cases import AXES, DTYPES, Cell
 from qat_compat.matrix.containers import CONTAINERS
 from qat_compat.matrix.design import Axes, Chosen, Design, Target, covering, pairs, singles
@@ -64,6 +64,7 @@ def plan_matrix(models: Sequence[QATModel], size: str, only: Mapping[str, Sequen
     """
     declared = {model.name: model for model in models}
     flows, absent = _flows(models)
+    device = accelerator()
     here = {
         "model": list(declared),
         "flow": list(flows),
@@ -71,10 +72,10 @@ def plan_matrix(models: Sequence[QATModel], size: str, only: Mapping[str, Sequen
         "container": [name for name, container in CONTAINERS.items() if container.installed],
         "granularity": list(dict.fromkeys(grain for flow in flows.values() for grain in flow.prepare)),
         "dtype": list(DTYPES),
-        "device": ["cpu", *(["cuda"] if torch.cuda.is_available() else [])],
+        "device": ["cpu", *([device] if device else [])],
     }
     absent |= {name: f"needs the package {c.needs}" for name, c in CONTAINERS.items() if not c.installed}
-    absent |= {} if torch.cuda.is_available() else {"cuda": "no such device here"}
+    absent |= {} if device else {"cuda": "no such device here"}
     globs = only or {}
     axes = {axis: [value for value in here[axis] if _matches(value, globs.get(axis, ("*",)))] for axis in AXES}
     design = (
@@ -148,9 +149,12 @@ def _probes(
         tried: set[str] = set()
         for direction, grain in product(axes["direction"], flows[flow].prepare):
             reason = _expected(models[name], flow, direction, grain)
-            if reason is not None and reason not in tried and grain in axes["granularity"]:
+            if reason is None or reason in tried or grain not in axes["granularity"]:
+                continue
+            cell = Cell(name, flow, direction, axes["container"][0], grain, axes["dtype"][0], axes["device"][0])
+            if not _convertible(vars(cell), models, flows):
                 tried.add(reason)
-                yield Cell(name, flow, direction, axes["container"][0], grain, axes["dtype"][0], axes["device"][0])
+                yield cell
 
 
 # --- what cannot occur ------------------------------------------------------------------------------------------------
@@ -193,7 +197,7 @@ def _convertible(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[
         return "the flow has no model of integers"
     if "container" in chosen and CONTAINERS[chosen["container"]].plain:
         return "the container holds no quantized tensors"
-    return "integer kernels run on the CPU" if chosen.get("device") == "cuda" else None
+    return "integer kernels run on the CPU" if chosen.get("device", "cpu") != "cpu" else None
 
 
 def _hidden(chosen: Chosen, models: Mapping[str, QATModel], flows: Mapping[str, Flow]) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_compat.errors import SaveError
+from qat_compat.matrix.cases import AXES
 
 __all__ = ["OUTCOMES", "brief", "results", "summary", "write_report"]
 
@@ -33,7 +34,6 @@ _PACKAGES = (
 )
 # What the containers of the matrix call their files, so that one reason is not told apart by them.
 _FILES = re.compile(r"<mapping>|\bstate\.\w+|\blast\.ckpt\b|\bmodel\.safetensors\.index\.json\b")
-_AXES = ("model", "flow", "direction", "container", "granularity", "dtype", "device")
 
 
 def results(rows: Sequence[Row], designs: Sequence[Mapping[str, Any]], size: str) -> Results:
@@ -52,10 +52,10 @@ def results(rows: Sequence[Row], designs: Sequence[Mapping[str, Any]], size: str
         frameworks |= design["frameworks"]
         absent |= design["absent"]
         directions |= design["directions"]
-        for axis in _AXES:
+        for axis in AXES:
             axes[axis] = list(dict.fromkeys([*axes.get(axis, []), *design["axes"][axis]]))
-    order = [{value: index for index, value in enumerate(axes.get(axis, []))} for axis in _AXES]
-    ordered = sorted(rows, key=lambda row: [place.get(row[axis], -1) for axis, place in zip(_AXES, order, strict=True)])
+    order = [{value: index for index, value in enumerate(axes.get(axis, []))} for axis in AXES]
+    ordered = sorted(rows, key=lambda row: [place.get(row[axis], -1) for axis, place in zip(AXES, order, strict=True)])
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": _versions(),
@@ -90,7 +90,7 @@ def _pairs(rows: Sequence[Row]) -> dict[str, int]:
     met: set[tuple[tuple[str, str], ...]] = set()
     passed: set[tuple[tuple[str, str], ...]] = set()
     for row in rows:
-        found = set(combinations([(axis, row[axis]) for axis in _AXES], 2))
+        found = set(combinations([(axis, row[axis]) for axis in AXES], 2))
         met |= found
         passed |= found if row["outcome"] == "passed" else set()
     return {"run": len(met), "passed": len(passed)}

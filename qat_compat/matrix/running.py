@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qat_compat.devices import forked_rng
 from qat_compat.errors import CompatError
 from qat_compat.matrix.cases import Case, Cell, Refused
 from qat_compat.matrix.directions import DIRECTIONS
@@ -55,7 +56,7 @@ def run_cell(cell: Cell, declared: QATModel, flow: Flow, folder: Path) -> Outcom
         folder: An empty folder for its files.
     """
     started = time.perf_counter()
-    with torch.random.fork_rng():
+    with forked_rng():
         torch.manual_seed(0)
         kind, reason = _judged(Case(cell, declared, flow, donor_of(flow), folder))
     reason = reason.replace(f"{folder}/", "").replace(str(folder), "the folder")

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from qat_compat.devices import forked_rng
 from qat_compat.testing.calibration import native_calibration
 from qat_compat.testing.comparison import assert_same_output, assert_same_state, fail_with
 from qat_compat.testing.modes import Inputs, training_modes
@@ -76,7 +77,7 @@ def assert_twin(
     """
     import qat_compat as qc
 
-    with torch.random.fork_rng():
+    with forked_rng():
         native = _native(make_float, prepare, state)
         loaded = prepare(make_target() if make_target else scramble(make_float()))
     native_calibration(native, batches, load_options.get("inputs"))
@@ -140,7 +141,7 @@ def assert_round_trip(
     """
     import qat_compat as qc
 
-    with torch.random.fork_rng():
+    with forked_rng():
         float_model = make_float()
         float_model.load_state_dict(state)
         expected = {key: copy.deepcopy(value) for key, value in float_model.state_dict().items()}
@@ -222,7 +223,7 @@ def assert_resume(
         torch.save(saved, path)
         report = None
         for source, calibration in ((saved, None), (dict(saved), None), (path, None), (saved, batches)):
-            with torch.random.fork_rng():
+            with forked_rng():
                 fresh = prepare(scramble(make_float()))
             report = qc.load_checkpoint(fresh, source, calibration=calibration, **load_options)
             assert_same_state(fresh, qat_model)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_compat.devices import forked_rng
 from qat_compat.testing.modes import DefaultInputs, Inputs, eval_form
 from qat_compat.testing.quantizers import fake_quantizers, intx_quantizers, observers, plain_buffers
 
@@ -45,8 +46,7 @@ def native_calibration(model: nn.Module, batches: Iterable[Any], inputs: Inputs 
     switches = [(q, q.observer_enabled.clone(), q.fake_quant_enabled.clone()) for q in observing]
     intx = [(q, q.enabled) for q in intx_quantizers(model)]
     others = [(buffer, buffer.clone()) for buffer in plain_buffers(model)]
-    devices = range(torch.cuda.device_count())
-    with eval_form(model) as runner, torch.random.fork_rng(devices), torch.no_grad():
+    with eval_form(model) as runner, forked_rng(), torch.no_grad():
         try:
             for quantizer, *_ in switches:
                 quantizer.observer_enabled.fill_(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qat_compat.devices import forked_rng
 from qat_compat.testing.modes import DefaultInputs, Inputs, in_mode
 from qat_compat.testing.quantizers import intx_quantizers
 
@@ -85,7 +86,7 @@ def assert_same_output(
                 results = {}
                 for name, form in forms.items():
                     args, kwargs = (inputs or DefaultInputs(pair[name]))(batch)
-                    with torch.random.fork_rng(), torch.no_grad():
+                    with forked_rng(), torch.no_grad():
                         torch.manual_seed(0)
                         results[name] = {
                             f"{mode} output {i}": v for i, v in enumerate(output_tensors(form(*args, **kwargs)))

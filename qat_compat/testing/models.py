@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_compat.devices import forked_rng
 from qat_compat.testing.modes import DefaultInputs, Inputs
 from qat_compat.testing.scrambling import settle
 
@@ -74,7 +75,7 @@ class QATModel:
 
     def make(self, seed: int = 0) -> nn.Module:
         """The float model in train mode; equal for equal seeds."""
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(seed)
             model = self.build().train()
             settle(model, [self.arguments(model, self._example()) for _ in range(2)])
@@ -91,7 +92,7 @@ class QATModel:
         """What quantizers are calibrated with."""
         if self.calibration is not None:
             return list(self.calibration)
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(seed)
             return [self._example() for _ in range(count)]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat_compat.devices import forked_rng
+
 Inputs = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -44,7 +46,7 @@ def eval_form(model: nn.Module) -> Iterator[nn.Module]:
         form = torch.fx.GraphModule(model, copy.deepcopy(model.graph))
         if hasattr(model, "_exported_training"):
             form._exported_training = model._exported_training
-        with torch.random.fork_rng():  # it traces its patterns with random inputs
+        with forked_rng():  # it traces its patterns with random inputs
             form = pt2e.move_exported_model_to_eval(form)
         yield form
         return

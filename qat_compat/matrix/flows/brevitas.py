@@ -20,8 +20,9 @@ def _prepare(model: nn.Module, declared: QATModel) -> nn.Module:
     from brevitas.graph.quantize import layerwise_quantize
 
     device = next(model.parameters()).device
-    prepared: nn.Module = layerwise_quantize(model, name_blacklist=list(declared.skip))
-    return prepared.to(device)  # it makes its quantizers on the CPU
+    # It makes its quantizers on the CPU, and its LSTM takes weights from nowhere else.
+    prepared: nn.Module = layerwise_quantize(model.to("cpu"), name_blacklist=list(declared.skip))
+    return prepared.to(device)
 
 
 def _calibrate(model: nn.Module, batches: Iterable[Any], inputs: Inputs | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 from collections import Counter
@@ -71,7 +72,7 @@ def write(job: Job) -> None:
     """The folder.
 
     Raises:
-        CompatError: The float model is not given.
+        CompatError: The float model is not given, or ModelOpt is not there.
         PlanError: ModelOpt has no quantizer that would do what one of the source does.
     """
     if not isinstance(job.like, nn.Module):
@@ -82,6 +83,7 @@ def write(job: Job) -> None:
             found=type(job.like).__name__,
             remedy="pass the model that the folder will be restored into as like=",
         )
+    _require_package()
     ranges = {one.key: one for one in _ranges(job, job.like)}
     outline = _outline(job, job.like, list(ranges.values()))
     specs = {key: Spec(tuple(value.shape), value.dtype) for key, value in outline.state_dict().items()}
@@ -96,10 +98,25 @@ def write(job: Job) -> None:
 
     with new_folder(job.out) as folder:
         save(Checkpoint(specs, read, name=job.source.checkpoint.name), folder / "model.safetensors", record=record)
-        torch.save(opt.modelopt_state(outline), folder / "modelopt_state.pth")
+        state = io.BytesIO()
+        torch.save(opt.modelopt_state(outline), state)  # into memory: to a full disk, torch raises errors of its own
+        (folder / "modelopt_state.pth").write_bytes(state.getvalue())
         config: Any = getattr(job.like, "config", None)
         if hasattr(config, "to_dict"):
             (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def _require_package() -> None:
+    try:
+        importlib.import_module("modelopt.torch.quantization")
+    except ImportError as error:
+        raise CompatError(
+            "ModelOpt's record of a model is written by ModelOpt itself",
+            key="to",
+            expected="the package nvidia-modelopt",
+            found=f"{type(error).__name__}: {error}",
+            remedy="pip install nvidia-modelopt requests",
+        ) from error
 
 
 def _outline(job: Job, model: nn.Module, ranges: Iterable[_Range]) -> Any:

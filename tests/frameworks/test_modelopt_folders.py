@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import subprocess
 import sys
 import weakref
@@ -240,3 +241,20 @@ def test_transformers_takes_the_folder_as_a_model(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_modelopt_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt.torch.quantization", None)
+    with pytest.raises(qc.CompatError, match="pip install nvidia-modelopt"):
+        qc.convert_checkpoint(wide(torch_ao()), "modelopt", tmp_path / "out", like=make_float())
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_a_full_disk_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(qc.SaveError, match=r"No space left[\s\S]*free space"):
+        qc.convert_checkpoint(wide(torch_ao()), "modelopt", tmp_path / "out", like=make_float())
+    assert not list(tmp_path.iterdir())

@@ -460,11 +460,12 @@ at::Tensor host_alias(const at::Tensor& tensor) {
   return Aliases().host(tensor);
 }
 
+// Kernels whose result has a size that the host must be told.
 const std::set<std::string> kWaiting = {
     "aten::nonzero", "aten::masked_select", "aten::equal", "aten::unique_dim", "aten::_unique", "aten::_unique2",
     "aten::bincount", "aten::repeat_interleave", "aten::unique_consecutive", "aten::is_nonzero"};
 
-// Both where the host must not go on, and where a kernel takes tensors of the CPU.
+// Whether there is a mask among indices, of which the host must know how many elements it chooses.
 bool has_mask(const c10::IValue& value) {
   bool found = false;
   for (const auto& item : value.toListRef()) {

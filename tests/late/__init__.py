@@ -6,7 +6,7 @@ With `QAT_COMPAT_TESTS_DEVICE=late` the tests marked `gpu` run on it, and the ma
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -22,8 +22,13 @@ __all__ = ["is_wanted", "register"]
 
 def is_wanted() -> bool:
     """Whether tests are to run on it, and it can be made: it needs Linux and a compiler."""
-    wanted = os.environ.get("QAT_COMPAT_TESTS_DEVICE") == "late"
-    return wanted and sys.platform == "linux" and shutil.which(os.environ.get("CXX", "c++")) is not None
+    if os.environ.get("QAT_COMPAT_TESTS_DEVICE") != "late" or sys.platform != "linux":
+        return False
+    try:
+        compiler = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, check=False)
+    except OSError:
+        return False
+    return compiler.returncode == 0
 
 
 @cache

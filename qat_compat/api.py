@@ -154,7 +154,8 @@ def load_checkpoint(
             page copies it, and none reaches the file. The file must outlive the model unchanged: what another process
             writes into it may be seen here, and where it cuts the file short, touching the tensor kills this process.
             A file that is replaced by renaming, as :func:`save_checkpoint` does, is safe.
-        device: Where tensors of a meta-device model are made.
+        device: Where tensors of a meta-device model are made; by default, where its other tensors are, or else on
+            torch's default device.
         progress: Show progress bars; by default on a terminal only.
 
     Returns:

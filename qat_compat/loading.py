@@ -69,6 +69,13 @@ class _Prepared:
     saved: Calibration | None
 
 
+def _home(description: Description) -> torch.device:
+    """Where tensors of a meta-device model are made, if nobody says: where its others are."""
+    held = {slot.tensor.device for slot in description.view.slots.values() if not slot.tensor.is_meta}
+    device = held.pop() if len(held) == 1 else torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _load(model: nn.Module, source: SourceLike, options: Options, started: float) -> Report:
     with paused_collector():
         ready = _prepare(model, source, options)
@@ -81,7 +88,7 @@ def _load(model: nn.Module, source: SourceLike, options: Options, started: float
             saved=ready.saved.of(ready.description.schema) if ready.saved is not None else {},
             inplace=options.inplace,
             mmap=options.mmap,
-            device=device_of(options.device),
+            device=device_of(options.device) or _home(ready.description),
             advance=partial(advance, "read"),
         )
         driving = Driving(ready.data, options.inputs, options.statistic, partial(advance, "calibrate"))

@@ -50,7 +50,7 @@ class Reading:
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     inplace: bool = False
     mmap: bool = False
-    device: torch.device | None = None
+    device: torch.device = _CPU
     advance: Callable[[], None] = lambda: None
 
 
@@ -217,7 +217,7 @@ class _Stager:
     def _hide(self, key: str, value: Tensor) -> None:
         """Take a value that the model's state_dict does not hold, to where its quantizer is."""
         device = self.reading.description.view.device(split_path(key)[0])
-        device = (self.reading.device or _CPU) if device.type == "meta" else device
+        device = self.reading.device if device.type == "meta" else device
         fresh = self.staged.hidden[key] = torch.empty_like(value, device=device)
         self.copies.append((fresh, value))
 
@@ -313,7 +313,7 @@ class _Stager:
     def _device(self, slot: Slot) -> torch.device:
         """Where the model has the tensor, or will have it."""
         target = slot.tensor
-        return (self.reading.device or _CPU) if target.is_meta else target.device
+        return self.reading.device if target.is_meta else target.device
 
     def _is_in_place(self, slot: Slot) -> bool:
         return self.reading.inplace and slot.is_parameter and not slot.tensor.is_meta

@@ -167,6 +167,20 @@ def test_a_load_and_a_resume_leave_nothing_on_the_cpu(
     )
 
 
+@pytest.mark.parametrize("way", ["where its quantizers are", "default device", "device="])
+def test_a_meta_model_is_made(tmp_path: Path, accelerator: str, way: str) -> None:
+    flowing = Flowing("eager-x86" if way == "where its quantizers are" else "torchao-8da4w", 2, accelerator, tmp_path)
+    model = flowing.prepared()
+    for module in model.modules():
+        module._parameters = {
+            name: p if p is None else nn.Parameter(p.to("meta")) for name, p in module._parameters.items()
+        }
+    options = {"device": accelerator} if way == "device=" else {}
+    with torch.device(accelerator if way == "default device" else "cpu"):
+        qc.load_checkpoint(model, flowing.file, calibration="defer", **options)
+    assert places(model) == {f"{accelerator}:0"}
+
+
 def test_the_way_back_gives_the_file(tmp_path: Path, accelerator: str) -> None:
     flowing = Flowing("eager-x86", 3, accelerator, tmp_path)
     back = qc.to_float(flowing.loaded(), like=flowing.float)

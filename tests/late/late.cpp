@@ -36,14 +36,33 @@ constexpr size_t kArena = size_t(16) << 30; // addresses; memory is taken where 
 constexpr size_t kRound = 512;
 
 std::recursive_mutex everything;
-using Lock = std::lock_guard<std::recursive_mutex>;
+
+// Who holds it may free what Python owns; so who waits for it lets go of Python meanwhile.
+class Lock {
+ public:
+  Lock() {
+    if (everything.try_lock()) {
+      return;
+    }
+    std::optional<py::gil_scoped_release> released;
+    if (PyGILState_Check()) {
+      released.emplace();
+    }
+    everything.lock();
+  }
+  ~Lock() {
+    everything.unlock();
+  }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+};
 
 // --- waits ----------------------------------------------------------------------------------------------------------
 
 std::map<std::string, int64_t> waits;
 
 void host_waits(const std::string& name) {
-  Lock lock(everything);
+  Lock lock;
   waits[name] += 1;
 }
 
@@ -70,14 +89,14 @@ c10::StreamId current_stream(c10::DeviceIndex device) {
 }
 
 void keep(c10::StreamId stream, std::function<void()> work) {
-  Lock lock(everything);
+  Lock lock;
   Queue& queue = queues[stream];
   queue.work.push_back(std::move(work));
   queue.given += 1;
 }
 
 void run(c10::StreamId stream, int64_t end) {
-  Lock lock(everything);
+  Lock lock;
   Queue& queue = queues[stream];
   while (queue.done < end) {
     const auto work = std::move(queue.work.front());
@@ -88,7 +107,7 @@ void run(c10::StreamId stream, int64_t end) {
 }
 
 void run(c10::StreamId stream) {
-  Lock lock(everything);
+  Lock lock;
   run(stream, queues[stream].given);
 }
 
@@ -144,7 +163,7 @@ struct Allocator final : c10::Allocator {
     if (bytes == 0) {
       return {nullptr, nullptr, &release, device};
     }
-    Lock lock(everything);
+    Lock lock;
     const size_t size = (bytes + kRound - 1) / kRound * kRound;
     const auto stream = current_stream(current_device);
     auto& again = freed[{stream, size}];
@@ -182,7 +201,7 @@ void Allocator::release(void* context) {
   if (context == nullptr) {
     return;
   }
-  Lock lock(everything);
+  Lock lock;
   auto* block = static_cast<Block*>(context);
   if (!block->elsewhere) {
     allocator().freed[{block->stream, block->size}].push_back(block->start);
@@ -195,14 +214,14 @@ struct Pinned final : c10::Allocator {
   std::map<const char*, size_t> blocks;
 
   c10::DataPtr allocate(size_t bytes) override {
-    Lock lock(everything);
+    Lock lock;
     void* start = std::aligned_alloc(4096, (bytes + 4096) / 4096 * 4096);
     blocks[static_cast<char*>(start)] = bytes + 1;
     return {start, start, &release, c10::Device(c10::DeviceType::CPU)};
   }
 
   bool has(const void* pointer) {
-    Lock lock(everything);
+    Lock lock;
     auto after = blocks.upper_bound(static_cast<const char*>(pointer));
     return after != blocks.begin() && pointer < (--after)->first + after->second;
   }
@@ -224,7 +243,7 @@ Pinned& pinned() {
 }
 
 void Pinned::release(void* start) {
-  Lock lock(everything);
+  Lock lock;
   pinned().blocks.erase(static_cast<char*>(start));
   std::free(start);
 }
@@ -267,7 +286,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return stream_of(device, default_stream(index(device)));
   }
   c10::Stream getNewStream(c10::Device device, int) const override {
-    Lock lock(everything);
+    Lock lock;
     return stream_of(device, ++streams_made);
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
@@ -279,7 +298,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   void record(void** event, const c10::Stream& stream, c10::DeviceIndex, c10::EventFlag) const override {
-    Lock lock(everything);
+    Lock lock;
     if (*event == nullptr) {
       *event = new Event();
     }
@@ -292,6 +311,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     }
   }
   bool queryEvent(void* event) const override {
+    Lock lock;
     return event == nullptr || queues[static_cast<Event*>(event)->stream].done >= static_cast<Event*>(event)->end;
   }
   void synchronizeEvent(void* event) const override {
@@ -304,7 +324,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     delete static_cast<Event*>(event);
   }
   bool queryStream(const c10::Stream& stream) const override {
-    Lock lock(everything);
+    Lock lock;
     return queues[stream.id()].work.empty();
   }
   void synchronizeStream(const c10::Stream& stream) const override {
@@ -313,13 +333,13 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeDevice(c10::DeviceIndex) const override {
     host_waits("device");
-    Lock lock(everything);
+    Lock lock;
     for (auto& queue : queues) {
       run(queue.first);
     }
   }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override {
-    Lock lock(everything);
+    Lock lock;
     auto* block = static_cast<Block*>(data.get_context());
     block->elsewhere = block->elsewhere || block->stream != stream.id();
   }
@@ -700,7 +720,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("device_count", [] { return int(kDevices); });
   m.def("synchronize", [] { Guard().synchronizeDevice(0); });
   m.def("waits", [] {
-    Lock lock(everything);
+    Lock lock;
     return waits;
   });
 }

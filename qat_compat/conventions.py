@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CONVENTIONS", "Convention", "Encoding", "Form", "Grid"]
+__all__ = ["CONVENTIONS", "Convention", "Form", "Grid"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -100,18 +100,6 @@ class Form(NamedTuple):
         written = CONVENTIONS[self.convention].written
         assert written is not None, self.convention
         return written(scale, zero_point, self.grid)
-
-
-class Encoding(NamedTuple):
-    """What a quantizer holds: the name of a convention, its tensors, and the grid."""
-
-    convention: str
-    tensors: Tensors
-    grid: Grid
-
-    def qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, in the dtype of the tensors."""
-        return CONVENTIONS[self.convention].qparams(self.tensors, self.grid)
 
 
 def _symmetric(scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from qat_compat.conventions import Encoding, Form
+from qat_compat.conventions import Form
 from qat_compat.errors import Problem
 from qat_compat.memory import read_numbers
 from qat_compat.schema import Entry, Fused, Role, Rounding, Schema, Spec, Stage
@@ -231,16 +230,6 @@ class Quantizer(ABC):
     def refuses_transfer(self) -> str:
         """Why it takes no range of another framework, whatever that is, or ""."""
         return "its quantizers take no other framework's range" if self.form() is None else ""
-
-    def encoding(self) -> Encoding | None:
-        """What it holds, and how that is to be read; None where it holds no range, or none of this kind."""
-        form = self.form()
-        if form is None:
-            return None
-        held = {name: attrgetter(leaf)(self.module) for name, leaf in form.leaves.items()}
-        tensors = {name: self.state(form.leaves[name], value) for name, value in held.items() if value is not None}
-        known = {name: value.detach() for name, value in tensors.items() if value is not None}
-        return Encoding(form.convention, known, form.grid) if set(known) == set(form.leaves) else None
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take a range chosen by another statistic than the quantizer's own."""

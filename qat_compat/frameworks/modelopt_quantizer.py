@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat_compat.conventions import Encoding, Form, Grid
+from qat_compat.conventions import Form, Grid
 from qat_compat.errors import Problem, ProblemKind, QParamError
 from qat_compat.frameworks.base import Needs, Quantizer, Reduction
 from qat_compat.ranges import magnitude
@@ -268,15 +268,6 @@ class AmaxQuantizer(Quantizer):
         if not isinstance(bits, int):
             return f"its levels are floating-point numbers, E{bits[0]}M{bits[1]}"
         return super().refuses_transfer()
-
-    def encoding(self) -> Encoding | None:
-        amax = self.module._buffers.get("_amax")
-        if amax is None:
-            return None
-        blocks = self.settings.block_sizes or {}
-        if self.settings.bits == (4, 3) and blocks.get("type") != "dynamic":
-            return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8))
-        return super().encoding()
 
     def magnitudes(self) -> tuple[Tensor, Tensor] | None:
         amax = self.module._buffers.get("_amax")

@@ -8,14 +8,48 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import qat_compat as qc
+from qat_compat.conventions import CONVENTIONS, Grid
+from qat_compat.frameworks import Quantizer
+from qat_compat.frameworks.modelopt_quantizer import AmaxQuantizer
 from qat_compat.testing import assert_same_output, assert_same_state, scramble
 from qat_compat.testing.scrambling import settle
+
+
+class Encoding(NamedTuple):
+    """What a quantizer holds: the name of a convention, its tensors, and the grid."""
+
+    convention: str
+    tensors: dict[str, Tensor]
+    grid: Grid
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, in the dtype of the tensors."""
+        return CONVENTIONS[self.convention].qparams(self.tensors, self.grid)
+
+
+def encoding_of(quantizer: Quantizer) -> Encoding | None:
+    """None where it holds no range, or none that another framework could be told."""
+    if isinstance(quantizer, AmaxQuantizer):
+        amax, settings = quantizer.module._buffers.get("_amax"), quantizer.settings
+        if amax is None:
+            return None
+        if settings.bits == (4, 3) and (settings.block_sizes or {}).get("type") != "dynamic":  # goes nowhere else
+            return Encoding("modelopt.e4m3", {"_amax": amax}, Grid(8))
+    form = quantizer.form()
+    if form is None:
+        return None
+    held = {name: attrgetter(leaf)(quantizer.module) for name, leaf in form.leaves.items()}
+    tensors = {name: quantizer.state(form.leaves[name], value) for name, value in held.items() if value is not None}
+    known = {name: value.detach() for name, value in tensors.items() if value is not None}
+    return Encoding(form.convention, known, form.grid) if set(known) == set(form.leaves) else None
+
 
 NativePrepare = Callable[[nn.Module, Sequence[Tensor]], nn.Module]
 

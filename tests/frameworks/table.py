@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from native import batches, float_state, make_float, other
+from native import batches, encoding_of, float_state, make_float, other
 from rows import ROWS, Row, by_flow, trained_torchao
 from torch import Tensor, nn
 
@@ -173,7 +173,7 @@ def scales(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for quantizer in describe_model(model).quantizers:
         if quantizer.needs is Needs.WEIGHTS and quantizer.site.startswith("weight:fc"):
-            encoding = quantizer.encoding()
+            encoding = encoding_of(quantizer)
             module: Any = quantizer.module
             found[quantizer.site] = (encoding.qparams()[0] if encoding else module.scale).detach().flatten().clone()
     return found

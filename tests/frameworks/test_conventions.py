@@ -9,10 +9,10 @@ import test_brevitas
 import test_modelopt
 import test_nncf
 import torch
-from native import NativePrepare, batches, float_state, native
+from native import Encoding, NativePrepare, batches, encoding_of, float_state, native
 from torch import Tensor, nn
 
-from qat_compat.conventions import CONVENTIONS, Encoding, Grid
+from qat_compat.conventions import CONVENTIONS, Grid
 from qat_compat.frameworks import describe_model
 
 FLOWS: dict[str, tuple[NativePrepare, set[str]]] = {
@@ -50,7 +50,7 @@ def test_the_table_says_what_the_package_does(flow: str) -> None:
     model = native(prepare, float_state(), batches()).eval().double()
     seen: set[str] = set()
     for quantizer in describe_model(model).quantizers:
-        encoding = quantizer.encoding()
+        encoding = encoding_of(quantizer)
         if encoding is None:
             continue
         seen.add(encoding.convention)

@@ -16,7 +16,7 @@ import test_brevitas
 import test_modelopt
 import test_nncf
 import torch
-from native import batches, float_state, make_float, native, other
+from native import batches, encoding_of, float_state, make_float, native, other
 from test_apply import untouched
 from test_translation import WEIGHTS, in_pytorch_quantization, torch_ao
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def magnitudes(model: nn.Module) -> dict[str, Tensor]:
     for quantizer in describe_model(model).quantizers:
         kind, _, host = quantizer.site.partition(":")
         if kind == "weight":
-            encoding = quantizer.encoding()
+            encoding = encoding_of(quantizer)
             assert encoding is not None
             (value,) = encoding.tensors.values()
             found[host] = value.flatten().clone()

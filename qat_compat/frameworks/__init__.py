@@ -175,7 +175,7 @@ def describe_model(model: nn.Module) -> Description:
     """The meaning of every key of a live model, with its quantizers.
 
     Example:
-        >>> from torch import Tensor, nn
+        >>> from torch import nn
         >>> description = describe_model(nn.Linear(2, 3))
         >>> list(description.schema), description.schema.framework
         (['weight', 'bias'], 'plain')
